@@ -1,0 +1,1 @@
+"""FlashMem: latent memory for a frozen causal language model."""
