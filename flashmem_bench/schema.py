@@ -1,0 +1,513 @@
+"""The result tables: every column with its type, unit, formula and meaning.
+
+This page is the single source of truth for what a number in the results means. The runner fills the sample
+columns, ``report/tables.py`` derives all other tables from them, and the report prints the formulas from
+here, so that a reader can trace a published number back in two hops.
+
+It does not compute anything and does not read or write files. It imports neither torch, pandas nor pyarrow at
+module
+level: ``arrow_schema`` imports pyarrow when a table is written.
+
+Invariants: column names are unique within a table; a unit is part of the name where there is one (``_ms``,
+``_bytes``); a column that cannot be known is null, never 0. A change of a name, type or formula raises
+``SCHEMA_VERSION``, and a results folder of another version is refused.
+
+One convention joins the sample rows and the ``metrics`` table: a sample row may carry further keys that begin
+with ``metric.`` (``metric.rouge1``), and each becomes one row of ``metrics``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import pyarrow
+
+SCHEMA_VERSION = 1
+
+METRIC_PREFIX = "metric."
+
+DType = Literal["string", "int", "float", "bool"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a result table.
+
+    Attributes:
+        name: column name, with its unit as a suffix where it has one.
+        dtype: logical type; every column may hold nulls.
+        unit: "ms", "bytes", "tokens", "share" (0 to 1), "nats", or "" for none.
+        formula: how the value is computed from other columns, "" for a directly observed value.
+        description: one sentence.
+    """
+
+    name: str
+    dtype: DType
+    unit: str = ""
+    formula: str = ""
+    description: str = ""
+
+
+def _c(name: str, dtype: DType, description: str, unit: str = "", formula: str = "") -> Column:
+    return Column(name, dtype, unit, formula, description)
+
+
+_CELL = _c("cell", "string", "Id of the cell: hash of everything that can change an answer.")
+_SUITE = _c("suite", "string", "Name of the suite.")
+_METHOD = _c("method", "string", "Name of the method.")
+_MODEL = _c("model", "string", "Name or path of the backbone.")
+_SEED = _c("seed", "int", "Seed of sampling and order.")
+_DEVICE = _c("device", "string", "Device type; on cpu every time is a CPU timing.")
+_DTYPE = _c("dtype", "string", "Floating-point type of the backbone.")
+_BATCH = _c("batch_size", "int", "Samples decoded together; times of a batch are not per-sample latencies.")
+_EXEC = _c("exec", "string", "Execution mode: eager, compile or graph; never mixed in a comparison.")
+_TRAIN_SEED = _c("train_seed", "int", "Seed of the training that made the checkpoint; null without one.")
+
+SAMPLE_COLUMNS: tuple[Column, ...] = (
+    _CELL,
+    _SUITE,
+    _METHOD,
+    _MODEL,
+    _SEED,
+    _TRAIN_SEED,
+    _c("sample_id", "string", "Id of the sample, unique within its suite."),
+    _c("index", "int", "Position in the suite's fixed order; --limit N takes the indices below N."),
+    _c(
+        "stratum", "string", "Group for which the suite reports separate scores (steps, links, length, task)."
+    ),
+    _c("attempt", "int", "Which start of the command made this row; 1 is the first."),
+    _c("started_at", "string", "UTC time at which the sample began, ISO 8601."),
+    _c("prompt_sha", "string", "Hash of the prompt's token ids; equal hashes prove equal prompts."),
+    _c("prompt_tokens", "int", "Tokens of the prompt, template included.", "tokens"),
+    _c("prompt_truncated", "bool", "The prompt was cut by --truncate."),
+    _c("output_tokens", "int", "Generated text tokens with EOS, latents never counted.", "tokens"),
+    _c("latent_tokens", "int", "Latent positions injected into the cache.", "tokens"),
+    _c(
+        "positions_encoded",
+        "int",
+        "Positions that went through the backbone.",
+        "tokens",
+        "prompt_tokens + output_tokens + latent_tokens, less a last token that needs no encoding",
+    ),
+    _c("triggers", "int", "Injections made."),
+    _c("trigger_rate", "float", "Injections per decision step.", "share", "triggers / (1 + output_tokens)"),
+    _c("threshold", "float", "Threshold of the trigger; null when the policy has none.", "nats"),
+    _c(
+        "above_tau_rate",
+        "float",
+        "Decision steps whose entropy exceeds the threshold, cooldown and cap ignored.",
+        "share",
+        "steps above threshold / decision steps",
+    ),
+    _c(
+        "trigger_precision",
+        "float",
+        "Triggers that fell on a moment the suite marks as right; null without marks.",
+        "share",
+        "triggers at marked moments / triggers",
+    ),
+    _c(
+        "trigger_recall",
+        "float",
+        "Marked moments at which the policy fired; null without marks.",
+        "share",
+        "triggers at marked moments / marked moments reached",
+    ),
+    _c("finish_reason", "string", "eos, stop or length."),
+    _c("truncated", "bool", "The answer was cut at the token budget.", "", "finish_reason == 'length'"),
+    _c("parse_status", "string", "ok, no_answer, timeout or error, from the grader."),
+    _c("answer_extracted", "string", "The answer that the grader found in the text."),
+    _c("score", "float", "The suite's primary metric for this sample."),
+    _c(
+        "score_valid",
+        "bool",
+        "False for untrained memory and beyond the trained context: never in a headline.",
+    ),
+    _c("prefill_ms", "float", "Forward pass over the prompt.", "ms"),
+    _c(
+        "ttft_ms",
+        "float",
+        "Start to the first sampled token known on the host (engine TTFT: no queue).",
+        "ms",
+    ),
+    _c(
+        "decode_ms",
+        "float",
+        "Everything after the prefill, injections included.",
+        "ms",
+        "e2e_ms - prefill_ms",
+    ),
+    _c("e2e_ms", "float", "Start to the last token known on the host; no tokenisation, no grading.", "ms"),
+    _c(
+        "tpot_ms",
+        "float",
+        "Mean time per text token after the first; null below two tokens.",
+        "ms",
+        "(e2e_ms - ttft_ms) / (output_tokens - 1)",
+    ),
+    _c("sample_ms", "float", "Choosing the next token from the logits and bringing it to the host.", "ms"),
+    _c("monitor_ms", "float", "Computing the trigger's signal; null in graph mode.", "ms"),
+    _c("consolidate_ms", "float", "Making memories from the cache.", "ms"),
+    _c("inject_ms", "float", "Passing memories through the backbone.", "ms"),
+    _c(
+        "overhead_share",
+        "float",
+        "Share of the time after the prefill that the method itself takes.",
+        "share",
+        "(monitor_ms + consolidate_ms + inject_ms) / (e2e_ms - prefill_ms)",
+    ),
+    _c(
+        "harness_ms",
+        "float",
+        "Time of this sample outside the generation: rendering, grading, writing.",
+        "ms",
+    ),
+    _c("peak_alloc_bytes", "int", "Peak memory allocated on the device; null on a CPU.", "bytes"),
+    _c(
+        "checkpoint_scope",
+        "string",
+        "Trained for this suite, jointly, or transferred: suite, joint, transfer.",
+    ),
+    _c("tau_source", "string", "Where the threshold was calibrated: suite or model."),
+    _c("beyond_trained_context", "bool", "The prompt is longer than the backbone's trained context."),
+    _DEVICE,
+    _DTYPE,
+    _BATCH,
+    _EXEC,
+    _c("error", "string", "What went wrong with this sample; null when nothing did."),
+)
+
+METRIC_COLUMNS: tuple[Column, ...] = (
+    _CELL,
+    _SUITE,
+    _METHOD,
+    _c("sample_id", "string", "Id of the sample."),
+    _c("metric", "string", "Name of the metric."),
+    _c("value", "float", "Its value for this sample."),
+)
+
+_SCORE_BLOCK: tuple[Column, ...] = (
+    _c("n", "int", "Samples with a row."),
+    _c(
+        "n_scored",
+        "int",
+        "Samples with a valid score; the base of the score.",
+        "",
+        "count(score_valid and score)",
+    ),
+    _c("score", "float", "Mean score over the valid samples.", "share", "mean(score)"),
+    _c("score_low", "float", "Lower end of the 95 % interval.", "share"),
+    _c("score_high", "float", "Upper end of the 95 % interval.", "share"),
+    _c(
+        "score_interval",
+        "string",
+        "Method of the interval.",
+        "",
+        "wilson when every score is 0 or 1, else percentile bootstrap, 10,000 resamples, fixed seed",
+    ),
+)
+
+_USE_BLOCK: tuple[Column, ...] = (
+    _c(
+        "no_answer_rate",
+        "float",
+        "Samples in whose text no answer was found.",
+        "share",
+        "mean(parse_status == 'no_answer')",
+    ),
+    _c("truncated_rate", "float", "Answers cut at the token budget.", "share", "mean(truncated)"),
+    _c("error_rate", "float", "Samples that failed.", "share", "mean(error is not null)"),
+    _c("triggers_mean", "float", "Injections per sample.", "", "mean(triggers)"),
+    _c("latents_mean", "float", "Latent positions per sample.", "tokens", "mean(latent_tokens)"),
+    _c(
+        "trigger_rate",
+        "float",
+        "Injections per decision step, pooled.",
+        "share",
+        "sum(triggers) / sum(1 + output_tokens)",
+    ),
+    _c(
+        "above_tau_rate",
+        "float",
+        "Mean of the samples' rates of steps above the threshold.",
+        "share",
+        "mean(above_tau_rate)",
+    ),
+    _c(
+        "threshold",
+        "float",
+        "Threshold of the trigger; the mean when it differs by stratum.",
+        "nats",
+        "mean(threshold)",
+    ),
+)
+
+_COST_BLOCK: tuple[Column, ...] = (
+    _c(
+        "ms_per_token",
+        "float",
+        "Time per text token with the prefill.",
+        "ms",
+        "sum(e2e_ms) / sum(output_tokens)",
+    ),
+    _c("ms_per_token_low", "float", "Lower end of its 95 % bootstrap interval.", "ms"),
+    _c("ms_per_token_high", "float", "Upper end of its 95 % bootstrap interval.", "ms"),
+    _c(
+        "decode_ms_per_token",
+        "float",
+        "Time per text token without the prefill.",
+        "ms",
+        "sum(decode_ms) / sum(output_tokens)",
+    ),
+    _c("decode_ms_per_token_low", "float", "Lower end of its 95 % bootstrap interval.", "ms"),
+    _c("decode_ms_per_token_high", "float", "Upper end of its 95 % bootstrap interval.", "ms"),
+    _c("e2e_ms_median", "float", "Median time per sample.", "ms", "median(e2e_ms)"),
+    _c("e2e_ms_low", "float", "Lower end of the median's 95 % order-statistic interval.", "ms"),
+    _c("e2e_ms_high", "float", "Upper end of the median's 95 % order-statistic interval.", "ms"),
+)
+
+RUN_COLUMNS: tuple[Column, ...] = (
+    _CELL,
+    _SUITE,
+    _METHOD,
+    _MODEL,
+    _SEED,
+    _TRAIN_SEED,
+    _DEVICE,
+    _DTYPE,
+    _BATCH,
+    _EXEC,
+    _c("role", "string", "main: in the headline tables; ablation: only on its axis' sheet."),
+    _c("settings", "string", "Settings in which cells of the same suite and method differ."),
+    _c("status", "string", "complete, or partial when the last attempt did not finish."),
+    *_SCORE_BLOCK,
+    _c(
+        "delta_vanilla",
+        "float",
+        "Score minus vanilla's on the same samples.",
+        "share",
+        "mean(score - score of vanilla)",
+    ),
+    _c("delta_low", "float", "Lower end of the paired bootstrap 95 % interval.", "share"),
+    _c("delta_high", "float", "Upper end of the paired bootstrap 95 % interval.", "share"),
+    _c(
+        "time_ratio",
+        "float",
+        "Time against vanilla, same prompts, with prefill.",
+        "",
+        "exp(mean(log(e2e_ms / e2e_ms of vanilla)))",
+    ),
+    _c(
+        "decode_time_ratio",
+        "float",
+        "Time against vanilla, same prompts, without prefill.",
+        "",
+        "exp(mean(log(decode_ms / decode_ms of vanilla)))",
+    ),
+    _c(
+        "same_text_share",
+        "float",
+        "Samples whose text is exactly vanilla's.",
+        "share",
+        "mean(text == text of vanilla)",
+    ),
+    _c("why_equal", "string", "Why texts equal vanilla's, as the runner knows it."),
+    *_USE_BLOCK,
+    _c(
+        "trigger_precision",
+        "float",
+        "Mean over samples with marked moments.",
+        "share",
+        "mean(trigger_precision)",
+    ),
+    _c("trigger_recall", "float", "Mean over samples with marked moments.", "share", "mean(trigger_recall)"),
+    _c("prompt_tokens_mean", "float", "Prompt tokens per sample.", "tokens", "mean(prompt_tokens)"),
+    _c("output_tokens_mean", "float", "Text tokens per sample.", "tokens", "mean(output_tokens)"),
+    *_COST_BLOCK,
+    _c("e2e_ms_p95", "float", "95th percentile of the time per sample.", "ms", "percentile(e2e_ms, 95)"),
+    _c("e2e_ms_p99", "float", "99th percentile; null below 500 samples.", "ms", "percentile(e2e_ms, 99)"),
+    _c("ttft_ms_median", "float", "Median engine TTFT.", "ms", "median(ttft_ms)"),
+    _c("tpot_ms_median", "float", "Median TPOT.", "ms", "median(tpot_ms)"),
+    _c("prefill_ms_mean", "float", "Prefill per sample.", "ms", "mean(prefill_ms)"),
+    _c(
+        "plain_ms_mean",
+        "float",
+        "Decoding itself per sample.",
+        "ms",
+        "mean(decode_ms - monitor_ms - consolidate_ms - inject_ms)",
+    ),
+    _c("monitor_ms_mean", "float", "Monitor per sample.", "ms", "mean(monitor_ms)"),
+    _c("consolidate_ms_mean", "float", "Consolidation per sample.", "ms", "mean(consolidate_ms)"),
+    _c("inject_ms_mean", "float", "Injection per sample.", "ms", "mean(inject_ms)"),
+    _c(
+        "overhead_share",
+        "float",
+        "Share of the time after the prefill that the method takes.",
+        "share",
+        "sum(monitor_ms + consolidate_ms + inject_ms) / sum(e2e_ms - prefill_ms)",
+    ),
+    _c(
+        "harness_share",
+        "float",
+        "Share of the wall time outside the model.",
+        "share",
+        "sum(harness_ms) / sum(e2e_ms + harness_ms)",
+    ),
+    _c("peak_alloc_bytes", "int", "Highest peak of device memory.", "bytes", "max(peak_alloc_bytes)"),
+    _c("checkpoint_scope", "string", "suite, joint or transfer."),
+    _c("tau_source", "string", "suite or model."),
+    _c("beyond_trained_context", "bool", "Any prompt was longer than the trained context."),
+    _c(
+        "attempts", "int", "Starts of the command that made these rows; times of several attempts are pooled."
+    ),
+)
+
+STRATUM_COLUMNS: tuple[Column, ...] = (
+    _CELL,
+    _SUITE,
+    _METHOD,
+    _c("stratum", "string", "Group of samples."),
+    *_SCORE_BLOCK,
+)
+
+COMPARISON_COLUMNS: tuple[Column, ...] = (
+    _SUITE,
+    _c("kind", "string", "baseline: against vanilla; placebo: flashmem against a control of its own."),
+    _c("a", "string", "Method whose gain is asked."),
+    _c("b", "string", "Method that it is compared with."),
+    _c("cell_a", "string", "Cell of a."),
+    _c("cell_b", "string", "Cell of b."),
+    _c("n", "int", "Samples that both have, with equal prompts."),
+    _c("difference", "float", "Paired difference of the scores.", "share", "mean(score of a - score of b)"),
+    _c("low", "float", "Lower end of the paired bootstrap 95 % interval.", "share"),
+    _c("high", "float", "Upper end of the paired bootstrap 95 % interval.", "share"),
+    _c("fixed", "int", "Samples that a scores higher."),
+    _c("broken", "int", "Samples that a scores lower."),
+    _c("p_value", "float", "Exact McNemar on fixed and broken, two-sided; null for graded scores."),
+    _c(
+        "time_ratio",
+        "float",
+        "Time of a over b, with prefill.",
+        "",
+        "exp(mean(log(e2e_ms of a / e2e_ms of b)))",
+    ),
+    _c("time_ratio_low", "float", "Lower end of its 95 % bootstrap interval."),
+    _c("time_ratio_high", "float", "Upper end of its 95 % bootstrap interval."),
+    _c(
+        "decode_time_ratio",
+        "float",
+        "The same without prefill.",
+        "",
+        "exp(mean(log(decode_ms of a / decode_ms of b)))",
+    ),
+    _c("decode_time_ratio_low", "float", "Lower end of its 95 % bootstrap interval."),
+    _c("decode_time_ratio_high", "float", "Upper end of its 95 % bootstrap interval."),
+    _c(
+        "same_text_share",
+        "float",
+        "Samples with exactly equal texts.",
+        "share",
+        "mean(text of a == text of b)",
+    ),
+    _c("verdict", "string", "better, worse or cannot tell, from the interval of the difference."),
+)
+
+LATENCY_COLUMNS: tuple[Column, ...] = (
+    _METHOD,
+    _MODEL,
+    _c("random_weights", "bool", "The backbone has random weights: cost only."),
+    _DEVICE,
+    _DTYPE,
+    _BATCH,
+    _EXEC,
+    _c("protocol", "string", "Name of the timing protocol."),
+    _c("context", "int", "Prompt length.", "tokens"),
+    _c("run", "int", "Number of the timed run."),
+    _c("output_tokens", "int", "Text tokens generated.", "tokens"),
+    _c("latent_tokens", "int", "Latent positions injected.", "tokens"),
+    _c("triggers", "int", "Injections made."),
+    _c("prefill_ms", "float", "Forward pass over the prompt.", "ms"),
+    _c("ttft_ms", "float", "Start to the first token on the host.", "ms"),
+    _c("decode_ms", "float", "Everything after the prefill.", "ms", "e2e_ms - prefill_ms"),
+    _c("e2e_ms", "float", "Start to the last token on the host.", "ms"),
+    _c("monitor_ms", "float", "Computing the trigger's signal.", "ms"),
+    _c("consolidate_ms", "float", "Making memories.", "ms"),
+    _c("inject_ms", "float", "Passing memories through the backbone.", "ms"),
+    _c("peak_alloc_bytes", "int", "Peak memory allocated on the device.", "bytes"),
+)
+
+ABLATION_COLUMNS: tuple[Column, ...] = (
+    _c("axis", "string", "Name of the ablation axis."),
+    _c("value", "string", "Setting on this axis."),
+    _c("value_number", "float", "The setting as a number, null when it is none."),
+    _c("reference", "bool", "The point that the other values are compared with."),
+    _CELL,
+    _SUITE,
+    _METHOD,
+    _MODEL,
+    _SEED,
+    _DEVICE,
+    _DTYPE,
+    _BATCH,
+    *_SCORE_BLOCK,
+    _c("delta_reference", "float", "Score minus the reference point's on the same samples.", "share"),
+    _c("delta_low", "float", "Lower end of the paired bootstrap 95 % interval.", "share"),
+    _c("delta_high", "float", "Upper end of the paired bootstrap 95 % interval.", "share"),
+    *_USE_BLOCK,
+    *_COST_BLOCK,
+)
+
+CLAIM_COLUMNS: tuple[Column, ...] = (
+    _c("claim", "string", "The statement that is tested."),
+    _c("verdict", "string", "holds, fails or cannot tell."),
+    _c("estimate", "float", "The quantity that decides."),
+    _c("low", "float", "Lower end of its 95 % interval."),
+    _c("high", "float", "Upper end of its 95 % interval."),
+    _c("n", "int", "Samples behind it."),
+    _c("why", "string", "Reason of the verdict."),
+)
+
+TABLES: dict[str, tuple[Column, ...]] = {
+    "samples": SAMPLE_COLUMNS,
+    "metrics": METRIC_COLUMNS,
+    "runs": RUN_COLUMNS,
+    "strata": STRATUM_COLUMNS,
+    "comparisons": COMPARISON_COLUMNS,
+    "latency": LATENCY_COLUMNS,
+    "ablations": ABLATION_COLUMNS,
+    "claims": CLAIM_COLUMNS,
+}
+
+
+def column_names(columns: Sequence[Column]) -> list[str]:
+    """Names of the columns, in order."""
+    return [column.name for column in columns]
+
+
+def find_column(name: str) -> list[tuple[str, Column]]:
+    """All columns of that name as (table, column) pairs; empty when there is none."""
+    return [(table, column) for table, columns in TABLES.items() for column in columns if column.name == name]
+
+
+def blank_sample() -> dict[str, Any]:
+    """A sample row with every column present and null, for the runner to fill."""
+    return dict.fromkeys(column_names(SAMPLE_COLUMNS))
+
+
+def arrow_schema(columns: Sequence[Column]) -> pyarrow.Schema:
+    """The pyarrow schema of a table, with unit, formula and description as field metadata."""
+    import pyarrow as pa
+
+    types = {"string": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
+    fields = [
+        pa.field(
+            column.name,
+            types[column.dtype],
+            metadata={"unit": column.unit, "formula": column.formula, "description": column.description},
+        )
+        for column in columns
+    ]
+    return pa.schema(fields, metadata={"project": "flashmem-bench", "schema_version": str(SCHEMA_VERSION)})
