@@ -20,11 +20,9 @@ from pydantic.fields import FieldInfo
 
 from flashmem_bench.errors import UnknownNameError, UsageError
 
-TRIGGER_KINDS = (
-    "attention-entropy", "output-entropy", "never", "always", "every", "random", "delimiter", "prompt-end", "schedule",
-)  # fmt: skip
+# The library's kinds less "schedule", whose positions belong to a sample and cannot be a setting.
 TriggerKind = Literal[
-    "attention-entropy", "output-entropy", "never", "always", "every", "random", "delimiter", "prompt-end", "schedule"
+    "attention-entropy", "output-entropy", "never", "always", "every", "random", "delimiter", "prompt-end"
 ]
 _MANY = 1_000_000
 

@@ -1,0 +1,125 @@
+"""The one engine behind every latent-memory method: Backbone x MemorySource x trigger, one decode loop.
+
+The method files differ only in the settings that they fix and in the memory source that they put in; what they share
+is here: turning settings into the library's configurations, loading the trained memory, and generating. Nothing is
+measured here; the clock is handed through to the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from flashmem_bench.errors import BenchError
+from flashmem_bench.methods.base import BuildContext
+
+if TYPE_CHECKING:
+    from flashmem.generation import Generation
+    from flashmem.memory import MemorySource
+    from flashmem.trigger import TriggerConfig
+    from flashmem_bench.clock import HostClock
+    from flashmem_bench.tasks import Sample
+
+# Groups of settings that change what a latent-memory method answers.
+USES = ("trigger", "memory", "monitor", "sampling", "exec")
+
+
+class LatentMethod:
+    """Answers with a memory source under a trigger.
+
+    Args:
+        context: What the runner found for the cell.
+        memory: The memory source; None decodes plainly.
+        trigger_for: Trigger of one sample; by default the settings' trigger with the threshold of its stratum.
+    """
+
+    def __init__(
+        self,
+        context: BuildContext,
+        memory: MemorySource | None,
+        trigger_for: Callable[[Sample], TriggerConfig] | None = None,
+    ):
+        from transformers import GenerationConfig
+
+        self._context, self._memory = context, memory
+        self._trigger_for = trigger_for or self._trigger
+        self._generation_config = GenerationConfig(**context.generation)
+        context.backbone.monitor = monitor_config(context)
+
+    def threshold(self, sample: Sample) -> float | None:
+        """Return tau for the sample's stratum; None when the trigger has no threshold."""
+        settings = self._context.settings.trigger
+        if settings.threshold is not None:
+            return settings.threshold
+        by_stratum = self._context.thresholds
+        return by_stratum.get(sample.stratum, by_stratum.get(None))
+
+    def batch_key(self, sample: Sample) -> object:
+        """Return the trigger: the library runs a batch under one."""
+        return self._trigger_for(sample)
+
+    def generate(
+        self, prompts: Sequence[list[int]], samples: Sequence[Sample], clock: HostClock | None, seed: int
+    ) -> list[Generation]:
+        """Answer a batch whose samples have the same `batch_key`."""
+        from flashmem.generation import generate
+        from flashmem.memory import SampleContext
+
+        return generate(
+            self._context.backbone,
+            list(prompts),
+            memory=self._memory,
+            trigger=self._trigger_for(samples[0]) if self._memory is not None else None,
+            generation_config=self._generation_config,
+            sampling_logits=self._context.settings.sampling.logits,
+            clock=clock,
+            seed=seed,
+            samples=[SampleContext(sample.sample_id, sample.answer) for sample in samples],
+        )
+
+    def _trigger(self, sample: Sample) -> TriggerConfig:
+        return trigger_config(self._context, threshold=self.threshold(sample))
+
+
+def trigger_config(context: BuildContext, **changes: Any) -> TriggerConfig:
+    """Return the library's trigger for the settings, with `changes` laid over them."""
+    from flashmem.trigger import TriggerConfig
+
+    return TriggerConfig(**{**context.settings.trigger.model_dump(), "seed": context.seed, **changes})
+
+
+def monitor_config(context: BuildContext) -> Any:
+    """Return the library's monitor configuration for the settings."""
+    from flashmem.monitor import MonitorConfig
+
+    return MonitorConfig(**context.settings.monitor.model_dump())
+
+
+def memory_config(context: BuildContext) -> Any:
+    """Return the library's memory configuration for the settings, for an untrained memory."""
+    from flashmem.memory import MemoryConfig
+
+    values = context.settings.memory.model_dump()
+    return MemoryConfig(**{entry.name: values[entry.name] for entry in fields(MemoryConfig) if entry.name in values})
+
+
+def trained_memory(context: BuildContext) -> MemorySource:
+    """Load the trained memory of the cell, or make an untrained one where the settings ask for it."""
+    from flashmem.memory import load_memory, new_memory
+
+    if context.memory is None:
+        return new_memory(memory_config(context), context.backbone)
+    return load_memory(context.memory, context.backbone)
+
+
+def build_latent(context: BuildContext) -> LatentMethod:
+    """Build a method that differs from `flashmem` in its settings alone."""
+    return LatentMethod(context, trained_memory(context))
+
+
+def bank_of(context: BuildContext) -> Any:
+    """Return the bank of other samples' memories that the runner must have prepared."""
+    if context.bank is None:
+        raise BenchError("this method replaces memories by those of other samples, and no bank was prepared")
+    return context.bank
