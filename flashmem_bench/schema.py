@@ -386,7 +386,11 @@ COMPARISON_COLUMNS: tuple[Column, ...] = (
     _c("high", "float", "Upper end of the paired bootstrap 95 % interval.", "share"),
     _c("fixed", "int", "Samples that a scores higher."),
     _c("broken", "int", "Samples that a scores lower."),
-    _c("p_value", "float", "Exact McNemar on fixed and broken, two-sided; null for graded scores."),
+    _c(
+        "p_value",
+        "float",
+        "Two-sided: exact McNemar on fixed and broken, Wilcoxon signed-rank for graded scores.",
+    ),
     _c(
         "time_ratio",
         "float",
@@ -412,7 +416,11 @@ COMPARISON_COLUMNS: tuple[Column, ...] = (
         "share",
         "mean(text of a == text of b)",
     ),
-    _c("verdict", "string", "better, worse or cannot tell, from the interval of the difference."),
+    _c(
+        "verdict",
+        "string",
+        "better or worse when interval and p-value (below 0.05) both say so, else cannot tell.",
+    ),
 )
 
 LATENCY_COLUMNS: tuple[Column, ...] = (
