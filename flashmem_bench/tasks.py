@@ -1,0 +1,416 @@
+"""Suites in action: documents, prompts, filters and metrics through lm-eval's own Task objects.
+
+This is the only file that imports lm-eval. It loads one task file by its path, never lm-eval's index of fourteen thousand,
+and turns it into a `Suite`: samples in a fixed order, rendered one by one when they are looked at, and grades that are
+exactly what lm-eval's filters and `process_results` say. The generation loop, the timing and the averages are not here.
+
+Invariants: the same file and data give the same samples and the same `content_hash` in every process; an error of the
+data or the file is a `DataError` with the next step; Jinja templates run in a sandbox, whoever wrote them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from flashmem_bench.data import Doc
+from flashmem_bench.errors import BenchError, DataError, UsageError
+from flashmem_bench.grading.hooks import NO_ANSWER
+from flashmem_bench.suites import SuiteInfo, find_suite, function_names, read_suite_file
+
+# lm-eval's own default seed for choosing few-shot examples.
+_FEWSHOT_SEED = 1234
+# lm-eval's budget where a task states none.
+_DEFAULT_NEW_TOKENS = 256
+# Without a calibration split of its own, a task lends the end of its training split.
+_BORROWED_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question.
+
+    Attributes:
+        prompt: The complete user message.
+        target: The complete assistant message that training uses.
+        answer: The short right answer.
+        stratum: The group that the sample is reported and, if the suite says so, calibrated with.
+        moments: Texts of the target after which a memory is wanted; empty where that is not known.
+    """
+
+    sample_id: str
+    prompt: str
+    target: str
+    answer: str
+    stratum: str | None
+    doc: Doc
+    moments: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What a completion is worth: `score` is the primary metric, `metrics` has them all by name."""
+
+    score: float
+    parse_status: Literal["ok", "no_answer", "timeout", "error"]
+    metrics: dict[str, float]
+    extracted: str | None
+
+
+@dataclass(frozen=True)
+class GenerationArgs:
+    """How the suite wants completions generated; temperature 0 is greedy."""
+
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+class SampleList(Sequence[Sample]):
+    """The samples of one split, rendered when first looked at.
+
+    Few-shot examples are drawn in the order of the samples from one random stream, as lm-eval does, so a sample renders
+    those before it first.
+    """
+
+    def __init__(self, suite: Suite, split: str, docs: Sequence[Doc]):
+        self._suite, self._split, self._docs = suite, split, docs
+        self._rendered: dict[int, Sample] = {}
+        self._rng = random.Random(_FEWSHOT_SEED)
+
+    def __len__(self) -> int:
+        return len(self._docs)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        if position not in self._rendered:
+            start = len(self._rendered) if self._suite.num_fewshot else position
+            for i in range(start, position + 1):
+                self._rendered[i] = self._suite.render(self._docs[i], self._split, i, self._rng)
+        return self._rendered[position]
+
+
+class Suite:
+    """A loaded suite.
+
+    Attributes:
+        content_hash: 16 hex digits of everything in the suite that can change a prompt or a grade.
+        primary_metric: The metric that is the score, named `<metric>,<filter>` as lm-eval does.
+        generation: How completions are to be generated.
+        memory_defaults: The suite's own settings as dotted `--set` keys.
+        calibrate_by: `stratum` where each stratum has its own threshold.
+    """
+
+    def __init__(self, info: SuiteInfo, task: Any, content_hash: str):
+        self.name, self.info, self.content_hash = info.name, info, content_hash
+        self._task = task
+        self.num_fewshot = task.config.num_fewshot or 0
+        self.generation = _generation_args(task.config.generation_kwargs or {})
+        self.primary_metric = _primary_metric(info, task)
+        self.calibrate_by = info.metadata.get("calibrate_by")
+        self.memory_defaults = {
+            f"{part}.{key}": value
+            for part in ("memory", "trigger")
+            for key, value in (info.metadata.get(part) or {}).items()
+        }
+        self._lists: dict[str, SampleList] = {}
+
+    @property
+    def bad_rows(self) -> int:
+        """Broken rows left out so far, over the files that were read."""
+        return getattr(self._task.dataset, "bad_rows", 0)
+
+    @property
+    def task(self) -> Any:
+        """The lm-eval Task behind the suite."""
+        return self._task
+
+    def samples(self, split: str = "test") -> Sequence[Sample]:
+        """Return the samples of `test`, `calibration`, `validation` or `train` in their fixed order.
+
+        Raises:
+            UsageError: The suite has no such split.
+            DataError: The split is empty or its data is broken.
+        """
+        if split not in self._lists:
+            docs = _documents(self._task, self.name, split)
+            if not len(docs):
+                raise DataError(f"the split {split!r} of {self.name} is empty; check its data")
+            self._lists[split] = SampleList(self, split, docs)
+        return self._lists[split]
+
+    def render(self, doc: Doc, split: str, index: int, rng: random.Random) -> Sample:
+        """Return the sample of a document; `rng` draws the few-shot examples, where the task wants any."""
+        doc, target = dict(doc), self._target(doc)
+        sample_id = doc.get("id") if self.info.kind != "lm-eval" else None
+        return Sample(
+            sample_id=str(sample_id) if sample_id else f"{self.name.rpartition('/')[2]}-{split}-{index:05d}",
+            prompt=self._prompt(doc, rng),
+            target=target,
+            answer=str(doc.get("gold") or target),
+            stratum=str(doc["stratum"]) if doc.get("stratum") is not None else None,
+            doc=doc,
+            moments=tuple(doc.get("moments") or ()),
+        )
+
+    def grade(self, sample: Sample, text: str) -> Grade:
+        """Grade a completion with the task's filters and metrics.
+
+        A grader that fails on this text gives `parse_status="error"` and no points; a library that the grader needs and
+        that is not installed is a `DataError`, since it would fail on every text.
+        """
+        try:
+            extracted, metrics = self._metrics(sample, text)
+        except ImportError as error:
+            raise DataError(f"grading {self.name} needs a package that is not installed: {error}") from error
+        except BenchError:
+            raise
+        except Exception as error:
+            logging.getLogger(__name__).warning("grading %s failed: %r", sample.sample_id, error)
+            return Grade(0.0, "error", {}, None)
+        answered = extracted is not None
+        return Grade(metrics[self.primary_metric], "ok" if answered else "no_answer", metrics, extracted)
+
+    def _metrics(self, sample: Sample, text: str) -> tuple[str | None, dict[str, float]]:
+        """Return what the primary metric's filter extracted and every metric under every filter."""
+        from lm_eval.api.instance import Instance
+
+        instance = Instance("generate_until", doc=sample.doc, arguments=(sample.prompt, {}), idx=0, resps=[text])
+        metrics: dict[str, float] = {}
+        extracted: str | None = None
+        for ensemble in self._task._filters:
+            ensemble.apply([instance])
+            filtered = instance.filtered_resps[ensemble.name]
+            found = self._task.process_results(sample.doc, [filtered])
+            metrics |= {f"{name},{ensemble.name}": value for name, value in self._numbers(found)}
+            if self.primary_metric.rpartition(",")[2] == ensemble.name:
+                extracted = _extracted(filtered)
+        return extracted, metrics
+
+    def _numbers(self, found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+        for name, value in found.items():
+            if not isinstance(value, (int, float)) and not hasattr(value, "item"):
+                # A metric over a whole corpus (BLEU, say) comes as its ingredients; taken over this one sample.
+                value = self._task.aggregation()[name]([value])
+            if value is not None:
+                yield name, float(value)
+
+    def _prompt(self, doc: Doc, rng: random.Random) -> str:
+        if self.num_fewshot:
+            self._task.sampler.rnd = rng
+        return self._task.fewshot_context(doc, self.num_fewshot, gen_prefix=self._task.doc_to_prefix(doc))
+
+    def _target(self, doc: Doc) -> str:
+        target = self._task.doc_to_target(doc)
+        return str(target[0] if isinstance(target, list) and target else target)
+
+
+def load_suite(
+    name: str,
+    *,
+    data_dir: Path | None = None,
+    skip_bad_rows: bool = False,
+    trust_suite: bool = False,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+) -> Suite:
+    """Load a suite.
+
+    Args:
+        name: A bundled suite, a path to a suite file, or `lm-eval/<task>`.
+        data_dir: Folder with `<suite>/<file>.jsonl[.gz]`; without one `FLASHMEM_DATA`, then the hub.
+        skip_bad_rows: Go on without broken rows; `Suite.bad_rows` counts them.
+        trust_suite: Run the functions that a suite file from outside the package names.
+        seed: Seed of a generated suite's rows; another seed is another suite content.
+        settings: Settings of a generated suite's generator, such as `pairs` of `recall`.
+
+    Raises:
+        UnknownNameError: No such suite.
+        UsageError: A task of a kind that cannot run here, an untrusted file that holds code, or a refused setting.
+        DataError: The data is missing, broken or empty.
+    """
+    info = find_suite(name)
+    content = read_suite_file(info.path)
+    if info.kind == "lm-eval":
+        _refuse_other_kinds(name, content)
+    elif not info.bundled and not trust_suite:
+        _refuse_code(info.path, content)
+    if settings and info.kind != "generated":
+        raise UsageError(f"{info.name} is not a generated suite and has no data settings; leave them out")
+    extra = {"data_dir": str(data_dir) if data_dir else None, "skip_bad_rows": skip_bad_rows, "seed": seed}
+    own = {**extra, "settings": dict(settings or {})} if info.kind != "lm-eval" else None
+    task = _load_task(info, own)
+    _refuse_other_kinds(name, {"output_type": task.OUTPUT_TYPE})
+    return Suite(info, task, _content_hash(info, content, task, seed, settings))
+
+
+def _refuse_other_kinds(name: str, content: Mapping[str, Any]) -> None:
+    if "class" in content:
+        raise UsageError(f"{name} is a Python task of lm-eval; only YAML tasks run here")
+    kind = content.get("output_type", "generate_until")
+    if kind != "generate_until":
+        raise UsageError(
+            f"{name} is a {kind} task, which scores given answers; only generate_until tasks run here, "
+            "since a latent memory acts while text is generated"
+        )
+
+
+def _refuse_code(path: Path, content: Mapping[str, Any]) -> None:
+    """Refuse a file from outside the package through which code of its own could run."""
+    functions = sorted(set(function_names(dict(content))))
+    # Each of these makes lm-eval import or download code.
+    keys = sorted(key for key in ("class", "unsafe_code", "use_prompt") if content.get(key))
+    metrics = [entry for entry in content.get("metric_list") or [] if isinstance(entry, dict)]
+    if any(entry.get("hf_evaluate") for entry in metrics):
+        keys.append("hf_evaluate")
+    if (content.get("dataset_kwargs") or {}).get("trust_remote_code"):
+        keys.append("trust_remote_code")
+    if functions or keys:
+        what = ", ".join([*functions, *keys])
+        raise UsageError(f"{path} names code ({what}); read it, then run it with --trust-suite")
+
+
+def _load_task(info: SuiteInfo, own: Mapping[str, Any] | None) -> Any:
+    """Build lm-eval's Task of a suite file; `own` reaches the file's `custom_dataset` function."""
+    from flashmem_bench.hub import quick_hub
+
+    _prepare_lm_eval()
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_defaults=False, metadata=dict(own) if own else None)
+    try:
+        with contextlib.ExitStack() as stack:
+            if "custom_dataset" not in read_suite_file(info.path):
+                stack.enter_context(quick_hub())
+            tasks = manager.load([str(info.path)])["tasks"]
+    except BenchError:
+        raise
+    except Exception as error:
+        raise DataError(_load_failure(info, error)) from error
+    if len(tasks) != 1:
+        raise UsageError(f"{info.name} is a group of {len(tasks)} tasks; name one of them")
+    return next(iter(tasks.values()))
+
+
+def _load_failure(info: SuiteInfo, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, ConnectionError):
+        return (
+            f"no data for {info.name}: {reason}. Its data comes from the hub: connect to the network, or bring a "
+            "filled datasets cache (HF_HOME)"
+        )
+    return f"{info.name} could not be loaded ({info.path}): {type(error).__name__}: {reason}"
+
+
+@lru_cache(maxsize=1)
+def _prepare_lm_eval() -> None:
+    """Put lm-eval's templates into a sandbox and keep its loading remarks out of the log."""
+    import lm_eval.utils
+    from jinja2 import BaseLoader, StrictUndefined
+    from jinja2.sandbox import SandboxedEnvironment
+
+    class _Sandbox(SandboxedEnvironment):
+        """A sandbox that compiles a template once, where lm-eval compiles it for every document."""
+
+        @lru_cache(maxsize=256)  # noqa: B019 - there is one sandbox and it lives as long as the process
+        def from_string(self, source):
+            return super().from_string(source)
+
+    sandbox = _Sandbox(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
+    sandbox.filters["regex_replace"] = lm_eval.utils.regex_replace
+    lm_eval.utils.env = sandbox
+    for logger in ("lm_eval.api.task", "lm_eval.config.task"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+
+
+def _documents(task: Any, name: str, split: str) -> Sequence[Doc]:
+    named = {"test": None, "train": task.config.training_split, "validation": task.config.validation_split}
+    if split == "test":
+        return task.eval_docs
+    if split not in {*named, "calibration"}:
+        raise UsageError(f"no split named {split!r}; the splits are test, calibration, validation and train")
+    available = named.get(split) or split
+    if available in task.dataset:
+        docs = task.dataset[available]
+        return task.config.process_docs(docs) if task.config.process_docs else docs
+    return _borrowed(task, name, split)
+
+
+def _borrowed(task: Any, name: str, split: str) -> Sequence[Doc]:
+    """Return the last rows of the training split for calibration and validation, where the task has no such split."""
+    if split == "train" or not task.has_training_docs():
+        raise UsageError(f"{name} has no {split} split; calibrate or train on another suite and pass its checkpoint")
+    docs = list(task.training_docs())
+    return docs[-max(1, round(len(docs) * _BORROWED_SHARE)) :]
+
+
+def _generation_args(given: Mapping[str, Any]) -> GenerationArgs:
+    budget = next(
+        (given[key] for key in ("max_gen_toks", "max_new_tokens", "max_tokens") if given.get(key)), _DEFAULT_NEW_TOKENS
+    )
+    until = given.get("until") or []
+    sampling = given.get("do_sample", float(given.get("temperature") or 0.0) > 0)
+    return GenerationArgs(
+        max_new_tokens=int(budget),
+        stop=(until,) if isinstance(until, str) else tuple(until),
+        temperature=float(given.get("temperature") or 1.0) if sampling else 0.0,
+        top_p=float(given.get("top_p") or 1.0),
+    )
+
+
+def _primary_metric(info: SuiteInfo, task: Any) -> str:
+    """Return the metric the suite names, else the first metric under the first filter."""
+    first = f"{next(iter(task.aggregation()))},{task._filters[0].name}"
+    return str(info.metadata.get("primary_metric", first))
+
+
+def _extracted(filtered: Any) -> str | None:
+    text = filtered if isinstance(filtered, str) else " ".join(str(part) for part in filtered)
+    return text if text.strip() and text != NO_ANSWER else None
+
+
+def _content_hash(
+    info: SuiteInfo, content: Mapping[str, Any], task: Any, seed: int, settings: Mapping[str, Any] | None
+) -> str:
+    """Hash what can change a prompt or a grade: the file less its remarks, the rows or their generator, versions."""
+    spoken = {key: value for key, value in content.items() if key != "metadata"}
+    parts: dict[str, Any] = {
+        "file": spoken,
+        "version": task.VERSION,
+        "lm_eval": ".".join(version("lm-eval").split(".")[:2]),
+    }
+    if info.kind == "generated":
+        parts |= {"generator": _generator_code(info), "seed": seed, "settings": dict(settings or {})}
+    else:
+        parts["rows"] = _rows_hash(task.eval_docs)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _generator_code(info: SuiteInfo) -> str:
+    from flashmem_bench import generators
+
+    folder = Path(generators.__file__).parent
+    module = generators.GENERATORS[info.metadata["alias"]].rpartition(".")[2]
+    files = [path for path in sorted(folder.glob("*.py")) if path.stem in {"__init__", "base", module}]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def _rows_hash(docs: Sequence[Doc]) -> str:
+    digest = hashlib.sha256()
+    for doc in docs:
+        digest.update(json.dumps(doc, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
