@@ -1,31 +1,31 @@
-"""The errors that the library raises on purpose.
+"""The errors of the library.
 
-Each message is one clear sentence that says what was wrong and what to do next, so that a command line can print it
-as it stands. `exit_code` is what a command line should exit with. This module imports nothing heavy.
+Every message is one sentence that says what is wrong and what to do next: the command line prints it as it is.
+`exit_code` is what a process that ends with the error returns (1 failed, 2 wrong usage).
 """
 
 from __future__ import annotations
 
 
 class FlashMemError(Exception):
-    """Base of every error that FlashMem raises on purpose."""
+    """Base of all errors that a user can do something about."""
 
     exit_code = 1
 
 
 class ConfigError(FlashMemError):
-    """A setting has a bad value, type or range."""
+    """A setting has the wrong type or lies outside its range."""
 
     exit_code = 2
 
 
 class UnsupportedBackboneError(FlashMemError):
-    """The model family cannot carry the method; the message says why."""
+    """A model family whose attention or cache the method cannot use."""
 
 
 class CheckpointError(FlashMemError):
-    """A memory checkpoint is missing, corrupt, or belongs to another backbone."""
+    """A memory checkpoint that is damaged, or that belongs to another backbone."""
 
 
 class PromptTooLongError(FlashMemError):
-    """The prompt does not fit into the positions of the backbone."""
+    """A prompt (with its answer budget) that needs more positions than the backbone has."""

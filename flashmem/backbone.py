@@ -1,0 +1,459 @@
+"""A frozen Hugging Face causal LM behind four verbs: prefill, step, inject, extend.
+
+This is the only file that touches transformers' cache, masks and layer internals. The rest of the library sees a
+`Backbone` (weights, tokenizer, shapes) and a `DecodeState` (one batch of sequences under way).
+
+Rows of a batch may disagree: some take an injection while others do not, and prompts are left-padded. A slot that a
+row does not use is a *hole*: it has no position, no later query sees it, and it is not counted. All masks are made
+here from positions, not from slot numbers, so a sliding window is the same in a batch as alone. Where causality needs
+no mask (one unpadded row, most of the time) none is passed, and SDPA keeps its fast kernels.
+
+Invariant: the history goes through the backbone once. `DecodeState.encoded` counts every position that did.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+
+from flashmem import monitor as monitoring
+from flashmem.errors import ConfigError, FlashMemError, PromptTooLongError, UnsupportedBackboneError
+from flashmem.monitor import MonitorConfig
+
+FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma2", "gemma3_text", "phi3")
+# These models take one mask per layer type; the others take one tensor.
+_MASK_PER_TYPE = frozenset({"qwen2", "qwen3", "gemma2", "gemma3_text"})
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+# Stands for "sees every key": the query position of a hole, whose output nobody reads but which must stay finite.
+_EVERYWHERE = torch.iinfo(torch.int64).max
+
+
+@dataclass
+class DecodeState:
+    """One batch of sequences under way.
+
+    Attributes:
+        cache: the backbone's KV cache, T slots.
+        positions: `[B, T]` position of the token or latent in each slot; -1 for padding and holes.
+        latents: `[B, T]` True where a slot holds a latent.
+        next_position: `[B]` position that the next token of each row will take.
+        logits: `[B, V]` after the newest position of each row, float32.
+        hidden: `[B, d]` post-norm last hidden state of the newest position.
+        entropy: `[B]` monitored entropy of the newest position, nats; zeros when the monitor is off.
+        encoded: positions that went through the backbone, one count a row.
+        inputs: the input embeddings `[B, Q, d]` of every pass, kept only for memories that re-encode the history.
+    """
+
+    cache: DynamicCache
+    positions: Tensor
+    latents: Tensor
+    next_position: Tensor
+    logits: Tensor
+    hidden: Tensor
+    entropy: Tensor
+    encoded: list[int]
+    ragged: bool
+    inputs: list[Tensor] | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows B."""
+        return self.positions.shape[0]
+
+    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The cached K and V of one layer, both `[B, G, T, d_h]` (views: do not write)."""
+        return self.cache.layers[layer].keys, self.cache.layers[layer].values
+
+    def visible(self, query_positions: Tensor, window: int | None) -> Tensor | None:
+        """`[B, 1, Q, T]` True where queries at `[B, Q]` may look; None when every slot is visible to all of them."""
+        if not self.ragged and window is None:
+            return None
+        keys = self.positions[:, None, :]
+        seen = (keys >= 0) & (keys <= query_positions[:, :, None])
+        if window is not None:
+            seen &= keys > query_positions[:, :, None] - window
+        return seen[:, None]
+
+
+@dataclass
+class Backbone:
+    """A frozen causal LM with a monitored layer.
+
+    Attributes:
+        name: what the model was loaded from (the last path component for a local folder).
+        model: the transformers model, in eval mode, no parameter requires a gradient.
+        tokenizer: its tokenizer.
+        monitor: where the Cognitive Monitor looks; assign a new `MonitorConfig` to change it.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+    def __post_init__(self) -> None:
+        _require_supported(self.model.config)
+        self.model.set_attn_implementation(monitoring.register())
+        self.model.eval().requires_grad_(False)
+        self._tap: monitoring.AttentionTap | None = None
+        self._fingerprint: str | None = None
+        self.observe(False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        trust_remote_code: bool = False,
+    ) -> Backbone:
+        """Load a backbone from a local folder or a hub id.
+
+        Args:
+            name_or_path: folder with a transformers model, or a hub id.
+            device: torch device.
+            dtype: name of a floating torch dtype, such as "float32" or "bfloat16".
+            trust_remote_code: run code that comes with the model; off unless asked.
+
+        Raises:
+            UnsupportedBackboneError: the family is not one of `FAMILIES`.
+            FlashMemError: nothing is found under that name.
+        """
+        options = {"trust_remote_code": trust_remote_code}
+        try:
+            config = AutoConfig.from_pretrained(name_or_path, **options)
+            _require_supported(config)
+            model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=_dtype(dtype), **options)
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options)
+        except (OSError, ValueError) as error:
+            raise FlashMemError(
+                f"Cannot load a model from {str(name_or_path)!r}: give a folder with config.json, weights and "
+                f"tokenizer, or a hub id while connected ({_first_line(error)})."
+            ) from error
+        return cls(Path(name_or_path).name, model.to(device), tokenizer)
+
+
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The model without its LM head."""
+        return self.model.model
+
+    @property
+    def config(self) -> Any:
+        """The transformers configuration."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.model.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        """Width d."""
+        return int(self.config.hidden_size)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers N."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that the backbone has."""
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def trained_context(self) -> int:
+        """Positions that it was trained on, where its configuration says so."""
+        return int(getattr(self.config, "trained_context", None) or self.max_positions)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """"full_attention" or "sliding_attention" for each layer."""
+        named = getattr(self.config, "layer_types", None)
+        if named:
+            return list(named)
+        slides = getattr(self.config, "sliding_window", None) is not None
+        return [_SLIDING if slides else _FULL] * self.num_layers
+
+    def window(self, layer: int) -> int | None:
+        """How far back a layer looks, or None."""
+        return int(self.config.sliding_window) if self.layer_types[layer] == _SLIDING else None
+
+    @property
+    def monitor_layer(self) -> int:
+        """The monitored layer: the last one with full attention, else (every layer slides) the last one.
+
+        Where every layer slides (Mistral, Phi-3 with a window) the row is the window, not the whole context.
+        """
+        if self.monitor.layer is not None:
+            return self.monitor.layer % self.num_layers
+        full = [i for i, kind in enumerate(self.layer_types) if kind == _FULL]
+        return full[-1] if full else self.num_layers - 1
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over a fixed sample of every weight: tells two backbones apart, not two dtypes."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for name, weight in sorted(self.model.state_dict().items()):
+                flat = weight.detach().flatten()
+                sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.bfloat16)
+                digest.update(f"{name}{tuple(weight.shape)}".encode())
+                digest.update(sample.view(torch.int16).numpy().tobytes())
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Input embeddings `[B, Q, d]` of token ids `[B, Q]`, with the family's scale where it has one."""
+        return self.model.get_input_embeddings()(token_ids)
+
+    def embedding_norm(self) -> float:
+        """Mean Euclidean norm of the token embeddings as the first layer sees them."""
+        table = self.model.get_input_embeddings()
+        sample = torch.arange(min(table.weight.shape[0], 8192), device=self.device)
+        with torch.no_grad():
+            return float(table(sample).float().norm(dim=-1).mean())
+
+    def rotary(self, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine `[B, Q, d_h]` that a layer uses for positions `[B, Q]`."""
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        if self.config.model_type == "gemma3_text":
+            return self.decoder.rotary_emb(like, positions, self.layer_types[layer])
+        return self.decoder.rotary_emb(like, positions)
+
+
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, no special tokens added."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def encode_chat(self, prompt: str) -> list[int]:
+        """Token ids of one user turn through the chat template, ready for the answer; plain text without one."""
+        if not self.tokenizer.chat_template:
+            return self.tokenizer.encode(prompt)
+        turns = [{"role": "user", "content": prompt}]
+        text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        return self.encode(text)
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+
+    def observe(self, on: bool, *, rows: int = 1, clock: Any = None) -> None:
+        """Switch the monitor on or off. Off, the monitored layer is a plain SDPA layer."""
+        for layer in self.decoder.layers:
+            monitoring.detach(layer.self_attn)
+        self._tap = monitoring.attach(self.decoder.layers[self.monitor_layer].self_attn) if on else None
+        if self._tap is not None:
+            self._tap.rows, self._tap.normalise, self._tap.clock = rows, self.monitor.normalise, clock
+
+    def prefill(self, prompts: list[list[int]], *, keep_inputs: bool = False) -> DecodeState:
+        """Encode prompts, left-padded to one length T.
+
+        Args:
+            prompts: token ids, one list a row, none empty.
+            keep_inputs: keep the input embeddings for a memory that re-encodes the history.
+
+        Raises:
+            ConfigError: a prompt is empty.
+            PromptTooLongError: a prompt is longer than the backbone's positions.
+        """
+        width = max((len(p) for p in prompts), default=0)
+        if not prompts or min(len(p) for p in prompts) == 0:
+            raise ConfigError("A prompt is empty: every prompt needs at least one token.")
+        if width > self.max_positions:
+            raise PromptTooLongError(
+                f"The prompt has {width} tokens and {self.name} has {self.max_positions} positions: "
+                "shorten it, or truncate it (--truncate left or middle)."
+            )
+        ids, real = self._left_pad(prompts, width)
+        state = self.empty_state(len(prompts), ragged=bool((~real).any()), keep_inputs=keep_inputs)
+        hidden = self.extend(state, self.embed(ids), real=real)
+        self._settle(state, hidden, torch.ones(len(prompts), dtype=torch.bool, device=self.device))
+        return state
+
+    def step(self, state: DecodeState, token_ids: Tensor) -> None:
+        """Feed one token a row, `[B]`, and move the state on."""
+        hidden = self.extend(state, self.embed(token_ids[:, None]))
+        self._settle(state, hidden, None)
+
+    def inject(self, state: DecodeState, memory: Tensor, rows: Tensor | None = None) -> None:
+        """Feed latents through the frozen layers: their K and V are appended to every layer's cache (paper A.3).
+
+        Args:
+            state: moved on in place. History is not encoded again, the cache is not dropped.
+            memory: `[B, K, d]` input embeddings.
+            rows: `[B]` True where a row takes the injection; None is all. The others get holes.
+        """
+        shape = memory.shape[:2]
+        real = None if rows is None else rows[:, None].expand(shape)
+        marks = torch.ones(shape, dtype=torch.bool, device=self.device) if real is None else real
+        hidden = self.extend(state, memory.to(self.dtype), real=real, latents=marks)
+        self._settle(state, hidden, rows)
+
+    def extend(
+        self, state: DecodeState, embeds: Tensor, *, real: Tensor | None = None, latents: Tensor | None = None
+    ) -> Tensor:
+        """Run new positions over the cache; gradients flow through the frozen layers where grad mode is on.
+
+        Args:
+            state: cache, positions and counts are moved on in place; logits, hidden and entropy are not.
+            embeds: `[B, Q, d]` input embeddings.
+            real: `[B, Q]` False where a row has a hole or padding; None is all real.
+            latents: `[B, Q]` True where a position holds a latent; None is none.
+
+        Returns:
+            `[B, Q, d]` post-norm last hidden states.
+        """
+        queries = self._advance(state, embeds, real, latents)
+        if self._tap is not None:
+            self._tap.exclude = self._excluded(state)
+        if state.inputs is not None:
+            state.inputs.append(embeds)
+        masks = self._masks(state, queries)
+        output = self.decoder(
+            inputs_embeds=embeds,
+            attention_mask=masks,
+            position_ids=queries.masked_fill(queries == _EVERYWHERE, 0),
+            past_key_values=state.cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """LM head of hidden states `[..., d]`, with the family's cap on the logits, in float32 `[..., V]`."""
+        logits = self.model.get_output_embeddings()(hidden.to(self.dtype)).float()
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def row_entropies(self) -> Tensor:
+        """`[B, rows]` entropies that the last pass left in the tap (see `observe`)."""
+        if self._tap is None or self._tap.entropy is None:
+            raise FlashMemError("The monitor is off: call observe(True) before the pass.")
+        return self._tap.entropy
+
+
+
+    def _left_pad(self, prompts: list[list[int]], width: int) -> tuple[Tensor, Tensor]:
+        pad = self.tokenizer.pad_token_id or 0
+        ids = [[pad] * (width - len(p)) + list(p) for p in prompts]
+        real = [[False] * (width - len(p)) + [True] * len(p) for p in prompts]
+        return torch.tensor(ids, device=self.device), torch.tensor(real, device=self.device)
+
+    def empty_state(self, batch: int, *, ragged: bool = False, keep_inputs: bool = False) -> DecodeState:
+        """A state of B rows that has seen nothing."""
+        device = self.device
+        return DecodeState(
+            # Without a config every layer keeps all it saw: windows are masks here, so positions stay countable.
+            cache=DynamicCache(),
+            positions=torch.empty(batch, 0, dtype=torch.long, device=device),
+            latents=torch.empty(batch, 0, dtype=torch.bool, device=device),
+            next_position=torch.zeros(batch, dtype=torch.long, device=device),
+            logits=torch.zeros(batch, self.config.vocab_size, device=device),
+            hidden=torch.zeros(batch, self.hidden_size, device=device, dtype=self.dtype),
+            entropy=torch.zeros(batch, device=device),
+            encoded=[0] * batch,
+            ragged=ragged,
+            inputs=[] if keep_inputs else None,
+        )
+
+    def _advance(self, state: DecodeState, embeds: Tensor, real: Tensor | None, latents: Tensor | None) -> Tensor:
+        """Give the new slots their positions; returns the query positions `[B, Q]`."""
+        batch, width = embeds.shape[:2]
+        if real is None:
+            offsets = torch.arange(width, device=self.device)
+            queries = slots = state.next_position[:, None] + offsets
+            state.next_position = state.next_position + width
+            state.encoded = [n + width for n in state.encoded]
+        else:
+            slots = state.next_position[:, None] + real.long().cumsum(1) - 1
+            queries = slots.masked_fill(~real, _EVERYWHERE)
+            slots = slots.masked_fill(~real, -1)
+            counts = real.sum(1)
+            state.next_position = state.next_position + counts
+            state.encoded = [n + int(c) for n, c in zip(state.encoded, counts.tolist(), strict=True)]
+            state.ragged = state.ragged or not bool(real.all())
+        state.positions = torch.cat([state.positions, slots], 1)
+        marks = torch.zeros(batch, width, dtype=torch.bool, device=self.device) if latents is None else latents
+        state.latents = torch.cat([state.latents, marks], 1)
+        return queries
+
+    def _excluded(self, state: DecodeState) -> Tensor:
+        """`[B, T]` keys that the monitor leaves out. Sinks are the first positions; padding has no weight anyway."""
+        sinks = (state.positions >= 0) & (state.positions < self.monitor.sinks)
+        return sinks if self.monitor.count_latents else sinks | state.latents
+
+    def _masks(self, state: DecodeState, queries: Tensor) -> Any:
+        kinds = sorted(set(self.layer_types))
+        masks = {kind: self._mask(state, queries, kind) for kind in kinds}
+        if self.config.model_type in _MASK_PER_TYPE:
+            return masks
+        return masks[kinds[0]]
+
+    def _mask(self, state: DecodeState, queries: Tensor, kind: str) -> Tensor | None:
+        """`[B, 1, Q, T]`, or None where plain causality (or, for one query, full sight) is right."""
+        length, width = state.positions.shape[1], queries.shape[1]
+        window = int(self.config.sliding_window) if kind == _SLIDING else None
+        reaches_all = window is None or length <= window
+        plain = width == 1 or width == length
+        if plain and reaches_all and not state.ragged:
+            return None
+        keys = state.positions[:, None, :]
+        seen = (keys >= 0) & (keys <= queries[:, :, None])
+        if not reaches_all:
+            seen &= (keys > queries[:, :, None] - window) | (queries == _EVERYWHERE)[:, :, None]
+        return seen[:, None]
+
+    def _settle(self, state: DecodeState, hidden: Tensor, rows: Tensor | None) -> None:
+        """Take logits, hidden state and entropy from the newest position, for the rows that moved."""
+        newest = hidden[:, -1]
+        logits = self.logits(newest)
+        entropy = self._tap.entropy[:, -1] if self._tap is not None else state.entropy
+        if rows is None:
+            state.logits, state.hidden, state.entropy = logits, newest, entropy
+            return
+        state.logits = torch.where(rows[:, None], logits, state.logits)
+        state.hidden = torch.where(rows[:, None], newest, state.hidden)
+        state.entropy = torch.where(rows, entropy, state.entropy)
+
+
+def _require_supported(config: Any) -> None:
+    kind = getattr(config, "model_type", "unknown")
+    if kind not in FAMILIES:
+        raise UnsupportedBackboneError(
+            f"The family {kind!r} is not supported: its attention or cache has not been checked against the monitor. "
+            f"Use one of {', '.join(FAMILIES)}."
+        )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise UnsupportedBackboneError(f"This {kind} model attends in both directions: it has no causal KV cache.")
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"Unknown dtype {name!r}: use float32, bfloat16 or float16.")
+    return dtype
+
+
+def _first_line(error: Exception) -> str:
+    lines: Iterator[str] = iter(str(error).splitlines())
+    return next(lines, type(error).__name__).rstrip(".")

@@ -1,0 +1,94 @@
+"""The separate-encoder ablation: the same consolidator over K,V that are computed anew.
+
+An auxiliary encoder, a copy of the backbone's layers with trainable LoRA on the attention projections, reads the input
+embeddings of the *whole* history (earlier latents included) at every injection and shares nothing with the backbone.
+The consolidator then attends to the encoder's K,V and starts from the encoder's last hidden state. The difference to
+`SharedKVMemory` is exactly what the paper claims to save: one full pass over the history and a second model.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from flashmem.backbone import Backbone, DecodeState
+from flashmem.consolidator import Consolidator
+from flashmem.errors import ConfigError
+from flashmem.memory import MemoryConfig, MemoryContext, MemorySource
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear map plus a trainable low-rank one that starts at zero (Hu et al., 2021)."""
+
+    def __init__(self, frozen: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.frozen = frozen.requires_grad_(False)
+        device, dtype = frozen.weight.device, frozen.weight.dtype
+        self.down = nn.Parameter(torch.empty(rank, frozen.in_features, device=device, dtype=dtype))
+        self.up = nn.Parameter(torch.zeros(frozen.out_features, rank, device=device, dtype=dtype))
+        nn.init.kaiming_uniform_(self.down, a=5**0.5)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[..., in]` to `[..., out]`; the scale alpha / rank is 2."""
+        return self.frozen(hidden) + 2.0 * (hidden @ self.down.T) @ self.up.T
+
+
+class SeparateEncoderMemory(MemorySource):
+    """The consolidator over an encoder of its own."""
+
+    needs_history = True
+
+    def __init__(self, config: MemoryConfig, backbone: Backbone) -> None:
+        super().__init__(config)
+        layers = config.encoder_layers or backbone.num_layers
+        if layers > backbone.num_layers or layers < config.depth:
+            raise ConfigError(
+                f"memory.encoder_layers is {layers}; {backbone.name} allows {config.depth} to {backbone.num_layers}."
+            )
+        encoder = _copy_layers(backbone, layers)
+        # The blocks are copied before the adapters go in: they are plain layers, as in the shared-KV source.
+        self.consolidator = Consolidator(config, encoder).to(backbone.device, backbone.dtype)
+        self.adapters = nn.ModuleList(_adapt(encoder, config.encoder_rank))
+        # In a tuple, so that the frozen weights are no parameters of this module.
+        self.encoder = (encoder,)
+
+    def forward(self, context: MemoryContext) -> Tensor:
+        """See `MemorySource.forward`. Costs one encoder pass over all T positions."""
+        encoder, state = self.encoder[0], context.state
+        if state.inputs is None:
+            raise ConfigError("A separate encoder needs the history: prefill with keep_inputs=True.")
+        history = torch.cat(state.inputs, 1)
+        fresh = self._encode(encoder, history, state)
+        return self.consolidator(fresh.hidden, encoder, fresh, fresh.keys_values)
+
+    @staticmethod
+    def _encode(encoder: Backbone, history: Tensor, state: DecodeState) -> DecodeState:
+        real = state.positions >= 0
+        fresh = encoder.empty_state(history.shape[0], ragged=state.ragged, keep_inputs=False)
+        hidden = encoder.extend(fresh, history, real=real if state.ragged else None)
+        # The newest real slot of each row; with holes it need not be the last one.
+        newest = state.positions.argmax(1)
+        fresh.hidden = hidden[torch.arange(hidden.shape[0], device=hidden.device), newest]
+        return fresh
+
+
+def _copy_layers(backbone: Backbone, layers: int) -> Backbone:
+    model = copy.deepcopy(backbone.model)
+    del model.model.layers[layers:]
+    model.config.num_hidden_layers = layers
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:layers]
+    return Backbone(backbone.name, model, backbone.tokenizer)
+
+
+def _adapt(encoder: Backbone, rank: int) -> list[LoRALinear]:
+    adapters = []
+    for layer in encoder.decoder.layers:
+        for name in ("q_proj", "v_proj", "qkv_proj"):
+            if hasattr(layer.self_attn, name):
+                adapter = LoRALinear(getattr(layer.self_attn, name), rank)
+                setattr(layer.self_attn, name, adapter)
+                adapters.append(adapter)
+    return adapters

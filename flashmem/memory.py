@@ -1,0 +1,266 @@
+"""Memory sources: who writes the latents, and what a checkpoint of one looks like.
+
+A source is an `nn.Module` called with a `MemoryContext` that returns `[B, K, d]` input embeddings. The paper's source is
+`flashmem.consolidator.SharedKVMemory`; its rival that re-encodes the history is `flashmem.encoder`; the cost-matched
+placebos are in `flashmem.placebo`. Here are the parts they share: the settings, the context that a source sees, a
+learned constant (the weakest trained memory), and saving and loading.
+
+A checkpoint is a folder: `model.safetensors` with the trained parameters only, and `config.json` with the settings,
+the backbone's fingerprint, the hash of the weights and free metadata. It holds nothing of the backbone, so it can be
+pushed to a hub as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from flashmem.backbone import Backbone, DecodeState
+from flashmem.errors import CheckpointError, ConfigError
+
+FORMAT_VERSION = 1
+_CHOICES = {
+    "source": ("consolidator", "separate-encoder", "constant"),
+    "kv_layer": ("paired", "last"),
+    "latent_attention": ("none", "earlier"),
+    "feedback": ("raw", "normed", "embedding"),
+    "output_map": ("linear", "gate", "identity"),
+    "init": ("inherited", "random"),
+}
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """The shape of a memory source. Defaults are the paper's where it says, ours where it does not.
+
+    Attributes:
+        source: "consolidator" (shared KV), "separate-encoder" (re-encodes the history) or "constant" (learned).
+        length: latents per memory, K.
+        depth: consolidator blocks, L.
+        kv_layer: block i reads the cache of the layer that it was copied from ("paired"), or all read the last.
+        latent_attention: "none" (Eq. 5: only the backbone's K,V) or "earlier" (latents also see earlier latents).
+        feedback: what the next step starts from: the block's output, the same after the copied final norm, or the
+            embedding that was written.
+        output_map: to embedding space. "linear" (identity at the start), "identity" and "gate" (newline embedding plus
+            a gated term that starts at zero) all end at the mean norm of the token embeddings.
+        init: "inherited" copies the backbone's last layers; "random" is the ablation.
+        encoder_layers: layers of the separate encoder; None is all.
+        encoder_rank: rank of its LoRA.
+    """
+
+    source: Literal["consolidator", "separate-encoder", "constant"] = "consolidator"
+    length: int = 8
+    depth: int = 1
+    kv_layer: Literal["paired", "last"] = "paired"
+    latent_attention: Literal["none", "earlier"] = "none"
+    feedback: Literal["raw", "normed", "embedding"] = "normed"
+    output_map: Literal["linear", "gate", "identity"] = "linear"
+    init: Literal["inherited", "random"] = "inherited"
+    encoder_layers: int | None = None
+    encoder_rank: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("length", "depth", "encoder_rank"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"memory.{name} is {getattr(self, name)}; it must be 1 or more.")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"memory.{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}.")
+
+
+@dataclass(frozen=True)
+class SampleContext:
+    """What a placebo must know about a sample to take another sample's memory."""
+
+    sample_id: str
+    answer: str = ""
+
+
+@dataclass
+class MemoryContext:
+    """What a memory source sees at a trigger.
+
+    Attributes:
+        backbone: the frozen model.
+        state: the batch under way; sources read, never write.
+        injections: how many memories each row has taken before this one.
+        samples: who the rows are, or None.
+    """
+
+    backbone: Backbone
+    state: DecodeState
+    injections: list[int]
+    samples: list[SampleContext] | None = None
+
+
+class MemorySource(nn.Module):
+    """Base of everything that turns a context into `[B, K, d]` input embeddings.
+
+    Attributes:
+        config: the settings.
+        metadata: what came with the checkpoint; empty for a new source.
+        needs_history: the source re-encodes the input embeddings of the whole history.
+    """
+
+    needs_history = False
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.metadata: dict[str, Any] = {}
+        self.backbone_id: dict[str, Any] = {}
+
+    def forward(self, context: MemoryContext) -> Tensor:
+        """Write a memory.
+
+        Returns:
+            `[B, K, d]` input embeddings for the backbone.
+        """
+        raise NotImplementedError
+
+    def trained(self) -> dict[str, Tensor]:
+        """The parameters that training changes: what a checkpoint holds."""
+        return {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+    def save_pretrained(self, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
+        """Write `model.safetensors` and `config.json` into a folder.
+
+        Args:
+            path: the folder, made if it is missing.
+            metadata: JSON values kept under "metadata": training data, seed, scores.
+        """
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = folder / "model.safetensors"
+        save_file({n: p.detach().cpu().contiguous() for n, p in self.trained().items()}, weights)
+        record = {
+            "format_version": FORMAT_VERSION,
+            "memory": asdict(self.config),
+            "backbone": self.backbone_id,
+            "weights_sha256": _sha256(weights),
+            "metadata": {**self.metadata, **(metadata or {})},
+        }
+        partial = folder / "config.json.partial"
+        partial.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        partial.replace(folder / "config.json")
+
+
+class ConstantMemory(MemorySource):
+    """K trained embeddings, the same for every context: what a memory is worth without any content."""
+
+    def __init__(self, config: MemoryConfig, backbone: Backbone) -> None:
+        super().__init__(config)
+        noise = torch.randn(config.length, backbone.hidden_size)
+        scale = backbone.embedding_norm()
+        self.latents = nn.Parameter((noise / noise.norm(dim=-1, keepdim=True) * scale).to(backbone.device))
+
+    def forward(self, context: MemoryContext) -> Tensor:
+        """See `MemorySource.forward`."""
+        return self.latents.to(context.backbone.dtype).expand(context.state.batch_size, -1, -1)
+
+
+def new_memory(config: MemoryConfig, backbone: Backbone) -> MemorySource:
+    """An untrained memory source for a backbone.
+
+    Raises:
+        ConfigError: the settings do not fit the backbone, such as more blocks than layers.
+    """
+    from flashmem.consolidator import SharedKVMemory
+    from flashmem.encoder import SeparateEncoderMemory
+
+    kinds = {"consolidator": SharedKVMemory, "separate-encoder": SeparateEncoderMemory, "constant": ConstantMemory}
+    if config.depth > backbone.num_layers:
+        raise ConfigError(f"memory.depth is {config.depth} and {backbone.name} has only {backbone.num_layers} layers.")
+    memory = kinds[config.source](config, backbone)
+    memory.backbone_id = {
+        "name": backbone.name,
+        "fingerprint": backbone.fingerprint,
+        "hidden_size": backbone.hidden_size,
+        "num_layers": backbone.num_layers,
+    }
+    return memory
+
+
+def load_memory(path: str | Path, backbone: Backbone) -> MemorySource:
+    """Load a trained memory source from a folder or a hub id.
+
+    Args:
+        path: folder written by `save_pretrained`, or a hub id.
+        backbone: the model that it was trained for.
+
+    Raises:
+        CheckpointError: nothing there, damaged, or trained for another backbone.
+    """
+    folder = _local(path)
+    record = _read_record(folder)
+    weights = folder / "model.safetensors"
+    if _sha256(weights) != record["weights_sha256"]:
+        raise CheckpointError(f"{weights} does not match the hash in its config.json: copy or train it again.")
+    theirs = record["backbone"]
+    if theirs.get("fingerprint") != backbone.fingerprint:
+        raise CheckpointError(
+            f"The checkpoint {folder} was trained for {theirs.get('name')} ({theirs.get('fingerprint')}), not for "
+            f"{backbone.name} ({backbone.fingerprint}): train one with flashmem-bench train, or load that model."
+        )
+    known = {f.name for f in fields(MemoryConfig)}
+    memory = new_memory(MemoryConfig(**{k: v for k, v in record["memory"].items() if k in known}), backbone)
+    _load_weights(memory, weights)
+    memory.metadata = record["metadata"]
+    return memory.eval()
+
+
+def _local(path: str | Path) -> Path:
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(str(path)))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise CheckpointError(f"No folder {str(path)!r}, and the hub could not give that id: check both.") from error
+    raise CheckpointError(f"No checkpoint folder at {str(path)!r}: give a folder written by train, or a hub id.")
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        version = record["format_version"]
+        record["memory"], record["backbone"], record["weights_sha256"], record["metadata"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} is not a memory checkpoint: config.json is missing or damaged.") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{folder} has checkpoint format {version}; this version reads {FORMAT_VERSION}.")
+    return record
+
+
+def _load_weights(memory: MemorySource, weights: Path) -> None:
+    try:
+        tensors = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{weights} cannot be read: copy or train it again.") from error
+    mine = memory.trained()
+    wrong = sorted(set(tensors) ^ set(mine)) or [n for n in mine if mine[n].shape != tensors[n].shape]
+    if wrong:
+        raise CheckpointError(f"{weights} does not fit its config.json (first: {wrong[0]}): train it again.")
+    with torch.no_grad():
+        for name, parameter in mine.items():
+            parameter.copy_(tensors[name])
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: the checkpoint is incomplete.") from error
