@@ -1,13 +1,14 @@
 """Rows of a suite, from a data folder, read strictly and only when asked for.
 
-A data folder (`--data-dir` or `FLASHMEM_DATA`) holds `<suite>/<file>.jsonl[.gz]`. A row that is not a JSON object, or
-that lacks a field the suite needs, is an error with the file and the row's number (the first row is 1); with
-`skip_bad_rows` reading goes on without it and it is counted. A suite whose folder is absent may come from the hub
-instead; a folder that exists but lacks a file is an error, since half a data set is nobody's intention.
+A data folder (`--data-dir` or `FLASHMEM_DATA`) holds `<suite>/<file>.jsonl[.gz]`. A row that is not a JSON
+object, or that lacks a field the suite needs, is an error with the file and the row's number (the first row
+is 1); with `skip_bad_rows` reading goes on without it and it is counted. A suite whose folder is absent may
+come from the hub instead; a folder that exists but lacks a file is an error, since half a data set is
+nobody's intention.
 
-The containers are what lm-eval expects of a data set (`dataset[split]`, `features`, indexing) without Arrow's unified
-schema, so that a document is exactly the object in the file. A split is built when it is first looked at: a run on the
-test split never pays for the training rows.
+The containers are what lm-eval expects of a data set (`dataset[split]`, `features`, indexing) without
+Arrow's unified schema, so that a document is exactly the object in the file. A split is built when it is
+first looked at: a run on the test split never pays for the training rows.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ class Splits(Mapping[str, Rows]):
             docs = self._loaders[split]()
             if not docs:
                 left_out = f" ({self.bad_rows} broken rows left out)" if self.bad_rows else ""
-                raise DataError(f"the split {split!r} of {self._suite} is empty{left_out}; check its data file")
+                raise DataError(
+                    f"the split {split!r} of {self._suite} is empty{left_out}; check its data file"
+                )
             self._built[split] = Rows(docs)
         return self._built[split]
 
@@ -104,7 +107,7 @@ class SuiteFiles:
         self.bad_rows = 0
 
     def rows(self, name: str) -> list[tuple[int, Doc]]:
-        """Return `(row number, document)` of the file `name`; row numbers start at 1 and survive left-out rows.
+        """Return `(row number, document)` of the file `name`; numbers start at 1, left-out rows keep theirs.
 
         Raises:
             DataError: The file is missing, cannot be read or holds a broken row; or no source has the data.
@@ -141,7 +144,8 @@ class SuiteFiles:
             except ValueError as error:
                 if not self._skip:
                     raise DataError(
-                        f"{origin}: row {number} is broken: {error}; mend it, or leave it out with --skip-bad-rows"
+                        f"{origin}: row {number} is broken: {error}; "
+                        "mend it, or leave it out with --skip-bad-rows"
                     ) from error
                 self.bad_rows += 1
 
@@ -171,7 +175,9 @@ def find_file(folder: Path, stem: str) -> Path:
     for ending in (".jsonl", ".jsonl.gz"):
         if (folder / (stem + ending)).is_file():
             return folder / (stem + ending)
-    raise DataError(f"{folder} holds neither {stem}.jsonl nor {stem}.jsonl.gz; put the file there or move the folder away")
+    raise DataError(
+        f"{folder} holds neither {stem}.jsonl nor {stem}.jsonl.gz; put the file there or move the folder away"
+    )
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, Doc | ValueError]]:

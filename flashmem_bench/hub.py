@@ -1,9 +1,9 @@
 """Data from the `datasets` cache or the Hugging Face hub, without long waits.
 
-Offline, `datasets` retries every request for about half a minute before it gives up. A compute node without internet
-is an ordinary place to run this harness, so the hub is first asked for a sign of life, with a deadline; without one
-the download runs in offline mode, which finds a filled cache or fails at once. The two flags that mean "offline" are
-put back afterwards.
+Offline, `datasets` retries every request for about half a minute before it gives up. A compute node without
+internet is an ordinary place to run this harness, so the hub is first asked for a sign of life, with a
+deadline; without one the download runs in offline mode, which finds a filled cache or fails at once. The
+two flags that mean "offline" are put back afterwards.
 
 Nothing is substituted: a dataset that cannot be had is an error of the caller's making.
 """
@@ -29,7 +29,10 @@ class HubError(Exception):
 
 def hub_reachable(deadline_s: float = DEADLINE_S) -> bool:
     """Return whether the hub answers within `deadline_s` seconds, name resolution included."""
-    if any(os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"} for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")):
+    if any(
+        os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    ):
         return False
     answers: list[bool] = []
     # A thread, because no timeout of a socket covers a name server that does not answer.
@@ -57,7 +60,7 @@ def quick_hub() -> Iterator[bool]:
     import huggingface_hub.constants
 
     reachable = hub_reachable()
-    homes = (datasets.config, huggingface_hub.constants)
+    homes: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
     before = [home.HF_HUB_OFFLINE for home in homes]
     try:
         for home in homes:
@@ -88,4 +91,5 @@ def _why(repo: str, reachable: bool, error: Exception) -> str:
         return f"{repo} exists only as a loading script, which the installed `datasets` no longer runs"
     if not reachable:
         return f"the hub cannot be reached and {repo} is not in the datasets cache"
-    return f"{repo} could not be loaded from the hub: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return f"{repo} could not be loaded from the hub: {reason}"

@@ -1,12 +1,13 @@
 """Where the bundled suites' documents come from: the functions that suite files name as `custom_dataset`.
 
-lm-eval calls such a function with the suite's `metadata` and `dataset_kwargs` as keywords. Our adapter adds `data_dir`,
-`skip_bad_rows`, `seed` and `settings`; `lm_eval --metadata '{"data_dir": ...}'` gives the same. Every document has `id`,
-`gold` (the right answer, for grading) and `stratum`, and keeps the fields of its source. The order of a split is fixed,
-so that a larger limit only adds samples.
+lm-eval calls such a function with the suite's `metadata` and `dataset_kwargs` as keywords. Our adapter adds
+`data_dir`, `skip_bad_rows`, `seed` and `settings`; `lm_eval --metadata '{"data_dir": ...}'` gives the same.
+Every document has `id`, `gold` (the right answer, for grading) and `stratum`, and keeps the fields of its
+source. The order of a split is fixed, so that a larger limit only adds samples.
 
-Held out: calibration and validation are the same rows, the last `held_out` share of a real suite's training file. The
-threshold reads no answers from them and the choice among checkpoints reads no threshold, so nothing leaks between the two.
+Held out: calibration and validation are the same rows, the last `held_out` share of a real suite's training
+file. The threshold reads no answers from them and the choice among checkpoints reads no threshold, so
+nothing leaks between the two.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from flashmem_bench.data import Doc, Splits, SuiteFiles, text_field
 from flashmem_bench.errors import UsageError
 from flashmem_bench.grading.extract import marked_number
 from flashmem_bench.grading.match import normal_number
-from flashmem_bench.hub import HubError, hub_rows
+from flashmem_bench.hub import hub_rows
 
 Loaders = Mapping[str, Callable[[], Sequence[Doc]]]
 
@@ -51,7 +52,9 @@ def generated(
         try:
             rows = generate(name, split, sizes[split], seed, **chosen)
         except (TypeError, ValueError) as error:
-            raise UsageError(f"the generator of {name} refuses {chosen or 'its settings'}: {error}") from error
+            raise UsageError(
+                f"the generator of {name} refuses {chosen or 'its settings'}: {error}"
+            ) from error
         return [{**row, "gold": row["answer"]} for row in rows]
 
     return Splits(name, {split: _later(split_rows, split) for split in sizes})
@@ -133,7 +136,8 @@ def _check_line(number: Any, kind: Any, text: Any, answer: Any) -> None:
 def _stories_by_task(rows: Sequence[tuple[int, Doc]]) -> dict[str, list[list[Doc]]]:
     """Return task -> stories -> questions, tasks in natural order.
 
-    A story's number is its row counted from the first row of its task, so that a row left out renames no other.
+    A story's number is its row counted from the first row of its task, so that a row left out renames no
+    other.
     """
     by_task: dict[str, list[list[Doc]]] = {}
     first: dict[str, int] = {}
@@ -163,7 +167,7 @@ def _questions(story: Doc, story_number: int) -> list[Doc]:
 
 
 def _round_robin(by_task: Mapping[str, list[list[Doc]]]) -> list[Doc]:
-    """Take one question of each task in turn, so that the first n questions cover the tasks as evenly as they can."""
+    """Take one question of each task in turn, so that any first n questions cover the tasks evenly."""
     columns = [itertools.chain.from_iterable(stories) for stories in by_task.values()]
     rounds = itertools.zip_longest(*columns)
     return [question for round_ in rounds for question in round_ if question is not None]

@@ -1,9 +1,10 @@
 """Suite files: finding them and reading what they say, without running any of it.
 
-A suite is an lm-eval task file with a `metadata.flashmem` part. The bundled ones lie in `_suites` of the installed package
-or in `suites` of the source tree; a path that ends in `.yaml` names one of the user's own, `lm-eval/<task>` a task of the
-installed lm-eval. Reading is safe YAML: `!function` becomes a `FunctionName`, never a function, so that listing a suite,
-or deciding whether to trust one, executes nothing of it. `flashmem_bench.tasks` loads a suite for real.
+A suite is an lm-eval task file with a `metadata.flashmem` part. The bundled ones lie in `_suites` of the
+installed package or in `suites` of the source tree; a path that ends in `.yaml` names one of the user's
+own, `lm-eval/<task>` a task of the installed lm-eval. Reading is safe YAML: `!function` becomes a
+`FunctionName`, never a function, so that listing a suite, or deciding whether to trust one, executes
+nothing of it. `flashmem_bench.tasks` loads a suite for real.
 
 Light on purpose: the command line imports this module before it knows what it will do.
 """
@@ -36,7 +37,8 @@ class SuiteInfo:
         name: The name for `--suite`: the alias, the path of a file of one's own, or `lm-eval/<task>`.
         path: The YAML file.
         metadata: The file's `metadata.flashmem`; empty for a task of lm-eval.
-        bundled: Whether the file belongs to this package or to lm-eval; any other file must be trusted to run code.
+        bundled: Whether the file belongs to this package or to lm-eval; any other file must be trusted to
+            run code.
     """
 
     name: str
@@ -52,7 +54,11 @@ class FunctionName(str):
     """The name behind a `!function` tag, unresolved."""
 
 
-class _SuiteLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+# libyaml is ten times as fast and not everywhere.
+_FastLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _SuiteLoader(_FastLoader):
     """Safe YAML plus `!function` as a mere name."""
 
 
@@ -75,7 +81,8 @@ def find_suite(name: str) -> SuiteInfo:
     """Return the suite called `name`.
 
     Args:
-        name: An alias (`gsm8k`), the task name (`flashmem_gsm8k`), a path to a `.yaml` file, or `lm-eval/<task>`.
+        name: An alias (`gsm8k`), the task name (`flashmem_gsm8k`), a path to a `.yaml` file, or
+            `lm-eval/<task>`.
 
     Raises:
         UnknownNameError: No such suite; the message gives near misses.
@@ -105,11 +112,20 @@ def _merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path in above:
         raise DataError(f"{path} includes itself; remove the circle")
     own = _parse(path)
-    includes = own.pop("include", [])
     merged: dict[str, Any] = {}
-    for name in includes if isinstance(includes, list) else [includes]:
-        merged.update(_merged((path.parent / str(name)).resolve(), (*above, path)))
-    return {**merged, **own}
+    for included in _includes(path, own):
+        merged.update(_merged(included, (*above, path)))
+    return {key: value for key, value in {**merged, **own}.items() if key != "include"}
+
+
+def _includes(path: Path, content: Mapping[str, Any]) -> list[Path]:
+    names = content.get("include") or []
+    return [(path.parent / str(name)).resolve() for name in (names if isinstance(names, list) else [names])]
+
+
+def _chain(path: Path) -> list[Path]:
+    """Return a file and all that it includes."""
+    return [path, *(file for included in _includes(path, _parse(path)) for file in _chain(included))]
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -125,16 +141,19 @@ def _parse(path: Path) -> dict[str, Any]:
     return content
 
 
-def function_names(content: Any) -> Iterator[str]:
-    """Yield every `!function` name anywhere in a parsed suite file."""
-    if isinstance(content, FunctionName):
-        yield str(content)
-    elif isinstance(content, Mapping):
-        for value in content.values():
-            yield from function_names(value)
-    elif isinstance(content, list):
-        for value in content:
-            yield from function_names(value)
+def function_names(path: Path) -> list[str]:
+    """Return every `!function` name in a suite file and the files that it includes.
+
+    The files' events are read, not their content: a value that a later key replaces is gone from the
+    content, yet lm-eval would have imported its function.
+    """
+    names = []
+    for file in _chain(path.resolve()):
+        events = yaml.parse(file.read_bytes(), Loader=_SuiteLoader)
+        names += [
+            str(getattr(event, "value", "")) for event in events if getattr(event, "tag", None) == "!function"
+        ]
+    return sorted(set(names))
 
 
 def _info(path: Path, name: str | None = None, bundled: bool = True) -> SuiteInfo:
@@ -157,7 +176,9 @@ def _info(path: Path, name: str | None = None, bundled: bool = True) -> SuiteInf
 def _find_file(name: str) -> SuiteInfo:
     path = Path(name).expanduser()
     if not path.is_file():
-        raise UsageError(f"there is no suite file {name}; give a path, or a name that flashmem-bench list suites shows")
+        raise UsageError(
+            f"there is no suite file {name}; give a path, or a name that flashmem-bench list suites shows"
+        )
     bundled = path.resolve().parent == suites_dir().resolve()
     info = _info(path.resolve(), name=None, bundled=bundled)
     return info if bundled else dataclasses.replace(info, name=info.path.stem)
@@ -173,7 +194,7 @@ def _find_lm_eval(name: str) -> SuiteInfo:
 
 
 def _lm_eval_files(task: str) -> Path | None:
-    """Return the file of an lm-eval task: looked for by file name first, since opening all of them takes a while."""
+    """Return the file of an lm-eval task, by its file name first: opening all of them takes a while."""
     root = _lm_eval_tasks_dir()
     by_name = sorted(path for path in _yaml_files(root) if path.stem == task)
     for path in by_name:

@@ -1,10 +1,12 @@
 """Suites in action: documents, prompts, filters and metrics through lm-eval's own Task objects.
 
-This is the only file that imports lm-eval. It loads one task file by its path, never lm-eval's index of fourteen thousand,
-and turns it into a `Suite`: samples in a fixed order, rendered one by one when they are looked at, and grades that are
-exactly what lm-eval's filters and `process_results` say. The generation loop, the timing and the averages are not here.
+This is the only file that imports lm-eval. It loads one task file by its path, never lm-eval's index of
+fourteen thousand, and turns it into a `Suite`: samples in a fixed order, rendered one by one when they are
+looked at, and grades that are exactly what lm-eval's filters and `process_results` say. The generation
+loop, the timing and the averages are not here.
 
-Invariants: the same file and data give the same samples and the same `content_hash` in every process; an error of the
+Invariants: the same file and data give the same samples and the same `content_hash` in every process; an
+    error of the
 data or the file is a `DataError` with the next step; Jinja templates run in a sandbox, whoever wrote them.
 """
 
@@ -16,71 +18,33 @@ import json
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from flashmem_bench.data import Doc
 from flashmem_bench.errors import BenchError, DataError, UsageError
 from flashmem_bench.grading.hooks import NO_ANSWER
+from flashmem_bench.samples import GenerationArgs, Grade, Sample
 from flashmem_bench.suites import SuiteInfo, find_suite, function_names, read_suite_file
+
+__all__ = ["GenerationArgs", "Grade", "Sample", "SampleList", "Suite", "load_suite"]
 
 # lm-eval's own default seed for choosing few-shot examples.
 _FEWSHOT_SEED = 1234
 # lm-eval's budget where a task states none.
 _DEFAULT_NEW_TOKENS = 256
-# Without a calibration split of its own, a task lends the end of its training split.
+# A task without a calibration split lends the end of its training split.
 _BORROWED_SHARE = 0.05
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One question.
-
-    Attributes:
-        prompt: The complete user message.
-        target: The complete assistant message that training uses.
-        answer: The short right answer.
-        stratum: The group that the sample is reported and, if the suite says so, calibrated with.
-        moments: Texts of the target after which a memory is wanted; empty where that is not known.
-    """
-
-    sample_id: str
-    prompt: str
-    target: str
-    answer: str
-    stratum: str | None
-    doc: Doc
-    moments: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Grade:
-    """What a completion is worth: `score` is the primary metric, `metrics` has them all by name."""
-
-    score: float
-    parse_status: Literal["ok", "no_answer", "timeout", "error"]
-    metrics: dict[str, float]
-    extracted: str | None
-
-
-@dataclass(frozen=True)
-class GenerationArgs:
-    """How the suite wants completions generated; temperature 0 is greedy."""
-
-    max_new_tokens: int
-    stop: tuple[str, ...]
-    temperature: float = 0.0
-    top_p: float = 1.0
+_SPLITS = ("test", "calibration", "validation", "train")
 
 
 class SampleList(Sequence[Sample]):
     """The samples of one split, rendered when first looked at.
 
-    Few-shot examples are drawn in the order of the samples from one random stream, as lm-eval does, so a sample renders
-    those before it first.
+    Few-shot examples are drawn in the order of the samples from one random stream, as lm-eval does, so a
+    sample renders those before it first.
     """
 
     def __init__(self, suite: Suite, split: str, docs: Sequence[Doc]):
@@ -156,22 +120,25 @@ class Suite:
     def render(self, doc: Doc, split: str, index: int, rng: random.Random) -> Sample:
         """Return the sample of a document; `rng` draws the few-shot examples, where the task wants any."""
         doc, target = dict(doc), self._target(doc)
-        sample_id = doc.get("id") if self.info.kind != "lm-eval" else None
+        # A field of lm-eval's tasks may be called so and mean anything.
+        own = self.info.kind != "lm-eval"
         return Sample(
-            sample_id=str(sample_id) if sample_id else f"{self.name.rpartition('/')[2]}-{split}-{index:05d}",
+            sample_id=str(doc["id"])
+            if own and doc.get("id")
+            else f"{self.name.rpartition('/')[2]}-{split}-{index:05d}",
             prompt=self._prompt(doc, rng),
             target=target,
-            answer=str(doc.get("gold") or target),
-            stratum=str(doc["stratum"]) if doc.get("stratum") is not None else None,
+            answer=str(doc["gold"]) if own and doc.get("gold") is not None else target,
+            stratum=str(doc["stratum"]) if own and doc.get("stratum") is not None else None,
             doc=doc,
-            moments=tuple(doc.get("moments") or ()),
+            moments=tuple(doc.get("moments") or ()) if own else (),
         )
 
     def grade(self, sample: Sample, text: str) -> Grade:
         """Grade a completion with the task's filters and metrics.
 
-        A grader that fails on this text gives `parse_status="error"` and no points; a library that the grader needs and
-        that is not installed is a `DataError`, since it would fail on every text.
+        A grader that fails on this text gives `parse_status="error"` and no points; a library that the
+        grader needs and that is not installed is a `DataError`, since it would fail on every text.
         """
         try:
             extracted, metrics = self._metrics(sample, text)
@@ -182,14 +149,21 @@ class Suite:
         except Exception as error:
             logging.getLogger(__name__).warning("grading %s failed: %r", sample.sample_id, error)
             return Grade(0.0, "error", {}, None)
-        answered = extracted is not None
-        return Grade(metrics[self.primary_metric], "ok" if answered else "no_answer", metrics, extracted)
+        if self.primary_metric not in metrics:
+            known = ", ".join(sorted(metrics))
+            raise UsageError(
+                f"the primary metric {self.primary_metric!r} of {self.name} is none of its metrics: {known}"
+            )
+        score = metrics[self.primary_metric]
+        return Grade(score, "no_answer" if extracted is None else "ok", metrics, extracted)
 
     def _metrics(self, sample: Sample, text: str) -> tuple[str | None, dict[str, float]]:
         """Return what the primary metric's filter extracted and every metric under every filter."""
         from lm_eval.api.instance import Instance
 
-        instance = Instance("generate_until", doc=sample.doc, arguments=(sample.prompt, {}), idx=0, resps=[text])
+        instance = Instance(
+            "generate_until", doc=sample.doc, arguments=(sample.prompt, {}), idx=0, resps=[text]
+        )
         metrics: dict[str, float] = {}
         extracted: str | None = None
         for ensemble in self._task._filters:
@@ -203,11 +177,13 @@ class Suite:
 
     def _numbers(self, found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         for name, value in found.items():
+            if value is None:
+                continue
             if not isinstance(value, (int, float)) and not hasattr(value, "item"):
-                # A metric over a whole corpus (BLEU, say) comes as its ingredients; taken over this one sample.
+                # A metric over a whole corpus (BLEU, say) comes as its ingredients; taken over this one
+                # sample.
                 value = self._task.aggregation()[name]([value])
-            if value is not None:
-                yield name, float(value)
+            yield name, float(value)
 
     def _prompt(self, doc: Doc, rng: random.Random) -> str:
         if self.num_fewshot:
@@ -240,7 +216,8 @@ def load_suite(
 
     Raises:
         UnknownNameError: No such suite.
-        UsageError: A task of a kind that cannot run here, an untrusted file that holds code, or a refused setting.
+        UsageError: A task of a kind that cannot run here, an untrusted file that holds code, or a refused
+            setting.
         DataError: The data is missing, broken or empty.
     """
     info = find_suite(name)
@@ -271,17 +248,16 @@ def _refuse_other_kinds(name: str, content: Mapping[str, Any]) -> None:
 
 def _refuse_code(path: Path, content: Mapping[str, Any]) -> None:
     """Refuse a file from outside the package through which code of its own could run."""
-    functions = sorted(set(function_names(dict(content))))
     # Each of these makes lm-eval import or download code.
-    keys = sorted(key for key in ("class", "unsafe_code", "use_prompt") if content.get(key))
+    keys = [key for key in ("class", "unsafe_code", "use_prompt") if content.get(key)]
     metrics = [entry for entry in content.get("metric_list") or [] if isinstance(entry, dict)]
     if any(entry.get("hf_evaluate") for entry in metrics):
         keys.append("hf_evaluate")
     if (content.get("dataset_kwargs") or {}).get("trust_remote_code"):
         keys.append("trust_remote_code")
-    if functions or keys:
-        what = ", ".join([*functions, *keys])
-        raise UsageError(f"{path} names code ({what}); read it, then run it with --trust-suite")
+    names = [*function_names(path), *keys]
+    if names:
+        raise UsageError(f"{path} names code ({', '.join(names)}); read it, then run it with --trust-suite")
 
 
 def _load_task(info: SuiteInfo, own: Mapping[str, Any] | None) -> Any:
@@ -310,8 +286,8 @@ def _load_failure(info: SuiteInfo, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, ConnectionError):
         return (
-            f"no data for {info.name}: {reason}. Its data comes from the hub: connect to the network, or bring a "
-            "filled datasets cache (HF_HOME)"
+            f"no data for {info.name}: {reason}. Its data comes from the hub: connect to the network, "
+            "or bring a filled datasets cache (HF_HOME)"
         )
     return f"{info.name} could not be loaded ({info.path}): {type(error).__name__}: {reason}"
 
@@ -338,29 +314,33 @@ def _prepare_lm_eval() -> None:
 
 
 def _documents(task: Any, name: str, split: str) -> Sequence[Doc]:
-    named = {"test": None, "train": task.config.training_split, "validation": task.config.validation_split}
+    if split not in _SPLITS:
+        raise UsageError(f"no split named {split!r}; the splits are {', '.join(_SPLITS)}")
     if split == "test":
         return task.eval_docs
-    if split not in {*named, "calibration"}:
-        raise UsageError(f"no split named {split!r}; the splits are test, calibration, validation and train")
-    available = named.get(split) or split
-    if available in task.dataset:
-        docs = task.dataset[available]
+    if split == "calibration" and "calibration" in task.dataset:
+        docs = task.dataset["calibration"]
         return task.config.process_docs(docs) if task.config.process_docs else docs
-    return _borrowed(task, name, split)
+    # Where a task has no test split, lm-eval tests on the validation split, which is then no longer free.
+    free = task.has_validation_docs() and task.has_test_docs()
+    if free and split in {"validation", "calibration"}:
+        return task.validation_docs()
+    if not task.has_training_docs():
+        raise UsageError(f"{name} has no data for {split}; use another suite's checkpoint and threshold")
+    docs = task.training_docs()
+    return docs if free else _part(list(docs), split)
 
 
-def _borrowed(task: Any, name: str, split: str) -> Sequence[Doc]:
-    """Return the last rows of the training split for calibration and validation, where the task has no such split."""
-    if split == "train" or not task.has_training_docs():
-        raise UsageError(f"{name} has no {split} split; calibrate or train on another suite and pass its checkpoint")
-    docs = list(task.training_docs())
-    return docs[-max(1, round(len(docs) * _BORROWED_SHARE)) :]
+def _part(docs: list[Doc], split: str) -> list[Doc]:
+    """Return the training rows less their end, or that end, lent to a task without rows for calibration."""
+    cut = len(docs) - max(1, round(len(docs) * _BORROWED_SHARE))
+    return docs[:cut] if split == "train" else docs[cut:]
 
 
 def _generation_args(given: Mapping[str, Any]) -> GenerationArgs:
     budget = next(
-        (given[key] for key in ("max_gen_toks", "max_new_tokens", "max_tokens") if given.get(key)), _DEFAULT_NEW_TOKENS
+        (given[key] for key in ("max_gen_toks", "max_new_tokens", "max_tokens") if given.get(key)),
+        _DEFAULT_NEW_TOKENS,
     )
     until = given.get("until") or []
     sampling = given.get("do_sample", float(given.get("temperature") or 0.0) > 0)
@@ -386,10 +366,11 @@ def _extracted(filtered: Any) -> str | None:
 def _content_hash(
     info: SuiteInfo, content: Mapping[str, Any], task: Any, seed: int, settings: Mapping[str, Any] | None
 ) -> str:
-    """Hash what can change a prompt or a grade: the file less its remarks, the rows or their generator, versions."""
+    """Hash what can change a prompt or a grade: file, score, rows or their generator, versions."""
     spoken = {key: value for key, value in content.items() if key != "metadata"}
     parts: dict[str, Any] = {
         "file": spoken,
+        "primary_metric": info.metadata.get("primary_metric"),
         "version": task.VERSION,
         "lm_eval": ".".join(version("lm-eval").split(".")[:2]),
     }
@@ -397,6 +378,7 @@ def _content_hash(
         parts |= {"generator": _generator_code(info), "seed": seed, "settings": dict(settings or {})}
     else:
         parts["rows"] = _rows_hash(task.eval_docs)
+        parts["code"] = _suite_code(info.path)
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -407,6 +389,16 @@ def _generator_code(info: SuiteInfo) -> str:
     module = generators.GENERATORS[info.metadata["alias"]].rpartition(".")[2]
     files = [path for path in sorted(folder.glob("*.py")) if path.stem in {"__init__", "base", module}]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def _suite_code(path: Path) -> str:
+    """Hash the Python files beside a suite file that its functions come from."""
+    modules = {
+        path.parent / (name.rpartition(".")[0].replace(".", "/") + ".py") for name in function_names(path)
+    }
+    return hashlib.sha256(
+        b"".join(file.read_bytes() for file in sorted(modules) if file.is_file())
+    ).hexdigest()
 
 
 def _rows_hash(docs: Sequence[Doc]) -> str:

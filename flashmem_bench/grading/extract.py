@@ -1,8 +1,9 @@
 """Named extractors: where in a completion the answer stands.
 
-Each takes the completion and returns the answer as written, or None where there is none. None is not a wrong answer but
-no answer: the two are counted apart (`parse_status`), since a model that forgets the answer format fails differently
-from one that miscounts. An extractor never repairs an answer; that two spellings mean the same is decided in `match`.
+Each takes the completion and returns the answer as written, or None where there is none. None is not a
+wrong answer but no answer: the two are counted apart (`parse_status`), since a model that forgets the
+answer format fails differently from one that miscounts. An extractor never repairs an answer; that two
+spellings mean the same is decided in `match`.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-# A sign, a currency sign and the sign after it, digits with commas, decimals. A full stop after it is not part of it.
+# A sign, a currency sign and the sign after it, digits with commas, decimals. A full stop after it is not
+# part of it.
 _NUMBER = r"[-+]?[$\u20ac\u00a3]?[-+]?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
 _MARKED = re.compile(r"####[ \t]*(" + _NUMBER + r")")
-# In running text "2,3" is a list and "5-3" a difference, so commas must group by three and a sign must stand free.
-_FREE = re.compile(r"(?:(?<![\w)])[-+])?[$\u20ac\u00a3]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
+# In running text "2,3" is a list and "5-3" a difference, so commas must group by three and a sign must
+# stand free.
+_FREE = re.compile(
+    r"(?:(?<![\w)])[-+])?[$\u20ac\u00a3]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
+)
 
 
 def marked_number(text: str) -> str | None:
@@ -38,7 +43,7 @@ def first_line(text: str) -> str | None:
 
 
 def echoed_lines(text: str, echoes: Sequence[str]) -> list[str | None]:
-    """Return, for every echo, what stands behind it in the first line that begins with it; None where no line does.
+    """Return what stands behind each echo in the first line that begins with it; None where none does.
 
     Args:
         text: The completion, one answer a line, each `<echo> <value>`.

@@ -1,11 +1,12 @@
 """What suite files name: extractors as lm-eval filters, comparisons as lm-eval `process_results`.
 
-A filter gets the completions of many documents (`resps[document][repeat]`) and the documents, and returns text of the
-same shape; `NO_ANSWER`, lm-eval's own word for it, stands where nothing was found. A `process_results` function gets a
-document and the filtered completions and returns the metrics of that document.
+A filter gets the completions of many documents (`resps[document][repeat]`) and the documents, and returns
+text of the same shape; `NO_ANSWER`, lm-eval's own word for it, stands where nothing was found. A
+`process_results` function gets a document and the filtered completions and returns the metrics of that
+document.
 
-Documents carry their right answer in `gold`. Only plain lists and dicts pass through here, so nothing of lm-eval is
-needed.
+Documents carry their right answer in `gold`. Only plain lists and dicts pass through here, so nothing of
+lm-eval is needed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def filter_first_line(resps: Responses, docs: Sequence[Doc]) -> list[list[str]]:
 
 def filter_echoed_lines(resps: Responses, docs: Sequence[Doc]) -> list[list[str]]:
     """Keep one `<echo> <value>` line for every look-up of the document that was answered."""
-    return [[_answered(text, doc["echoes"]) for text in texts] for texts, doc in zip(resps, docs, strict=True)]
+    return [
+        [_answered(text, doc["echoes"]) for text in texts] for texts, doc in zip(resps, docs, strict=True)
+    ]
 
 
 def number_results(doc: Doc, results: Sequence[str]) -> dict[str, float]:

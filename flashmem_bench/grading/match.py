@@ -1,7 +1,8 @@
 """Comparisons: whether an extracted answer says the same as the right one.
 
-Numbers are compared by value and without floating point, so `18`, `18.00`, `$18` and `18.` agree and long integers do
-not round. Words are compared without case, outer punctuation, a leading article and the spaces around commas; order counts.
+Numbers are compared by value and without floating point, so `18`, `18.00`, `$18` and `18.` agree and long
+integers do not round. Words are compared without case, outer punctuation, a leading article and the spaces
+around commas; order counts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _ARTICLES = re.compile(r"^(?:(?:the|an?) )+")
 
 
 def normal_number(text: str) -> str | None:
-    """Return the one spelling of a number: no sign `+`, no currency, commas, per cent, leading or trailing zeros.
+    """Return the one spelling of a number: without `+`, currency, commas, per cent and needless zeros.
 
     Returns:
         The number, or None where the text is none.
@@ -36,7 +37,7 @@ def same_number(answer: str, gold: str) -> bool:
 
 
 def normal_words(text: str) -> str:
-    """Return the text in lower case, single-spaced, without spaces around commas, outer punctuation or leading article."""
+    """Return the text in lower case, single-spaced, without outer punctuation or leading article."""
     spaced = " ".join(text.lower().split())
     return _ARTICLES.sub("", re.sub(r" ?, ?", ",", spaced).strip(string.punctuation + string.whitespace))
 
@@ -58,10 +59,12 @@ def item_shares(
         hard: Those echoes that need two links.
 
     Returns:
-        `items_right`, the share of all items right; `one_link` and `two_link`, the shares among the items of one and of
-        two links (left out where there are none); `all_right`, 1.0 where nothing is wrong.
+        `items_right`, the share of all items right; `one_link` and `two_link`, the shares among the items
+        of one and of two links (left out where there are none); `all_right`, 1.0 where nothing is wrong.
     """
-    right = [value is not None and same_words(value, truth) for value, truth in zip(values, gold, strict=True)]
+    right = [
+        value is not None and same_words(value, truth) for value, truth in zip(values, gold, strict=True)
+    ]
     two = [ok for ok, echo in zip(right, echoes, strict=True) if echo in set(hard)]
     one = [ok for ok, echo in zip(right, echoes, strict=True) if echo not in set(hard)]
     shares = {"items_right": _share(right), "all_right": float(all(right))}

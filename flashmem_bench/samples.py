@@ -1,0 +1,50 @@
+"""The records that pass between a suite and the loop that runs it: a question, its grade, how to generate.
+
+Plain data without lm-eval, so that a method or a test can make them by hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question.
+
+    Attributes:
+        prompt: The complete user message.
+        target: The complete assistant message that training uses.
+        answer: The short right answer.
+        stratum: The group that the sample is reported and, if the suite says so, calibrated with.
+        moments: Texts of the target after which a memory is wanted; empty where that is not known.
+    """
+
+    sample_id: str
+    prompt: str
+    target: str
+    answer: str
+    stratum: str | None
+    doc: dict[str, Any]
+    moments: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What a completion is worth: `score` is the primary metric, `metrics` has them all by name."""
+
+    score: float
+    parse_status: Literal["ok", "no_answer", "timeout", "error"]
+    metrics: dict[str, float]
+    extracted: str | None
+
+
+@dataclass(frozen=True)
+class GenerationArgs:
+    """How the suite wants completions generated; temperature 0 is greedy."""
+
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    temperature: float = 0.0
+    top_p: float = 1.0
