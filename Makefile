@@ -1,0 +1,56 @@
+# Set-up, the main job, tests and the bundled backbone. Every target makes .venv first if it has to.
+#
+#   make demo                         the main job on the bundled backbone, end to end
+#   make test                         the test suite, offline
+#   make setup TORCH_INDEX=<url>      take torch from another package index (a CPU-only build, for example)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.flashmem-installed
+BENCH := $(BIN)/flashmem-bench
+TORCH := $(shell grep -i '^torch==' constraints.txt)
+TORCH_INDEX ?=
+DEMO_LIMIT ?= 40
+TINY_MINUTES ?= 15
+METHODS := vanilla,flashmem,flashmem-literal,flashmem-prompt-end,flashmem-no-monitor,flashmem-fixed-trigger,flashmem-random-trigger,flashmem-output-entropy,flashmem-separate-encoder,flashmem-random-memory,flashmem-shuffled-memory,flashmem-mean-memory,flashmem-noop-memory
+
+.PHONY: setup demo test test-all report tiny lint wheel clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flashmem needs Python 3.11 or newer: make PYTHON=python3.11 setup")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BENCH) run --suite wordmath,hops --method $(METHODS) --limit $(DEMO_LIMIT)
+	$(BENCH) ablate monitor-threshold --suite wordmath --limit $(DEMO_LIMIT)
+	$(BENCH) report
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-all: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'slow or not slow'
+
+report: setup
+	$(BENCH) report
+
+# The bundled backbone from scratch; the real training splits come from FLASHMEM_DATA. Stopped, it continues.
+tiny: setup
+	$(BIN)/python -m flashmem_bench.tiny.pretrain --minutes $(TINY_MINUTES)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: setup
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
