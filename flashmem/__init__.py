@@ -6,8 +6,8 @@
     backbone = Backbone.from_pretrained("Qwen/Qwen2.5-1.5B-Instruct", device="cuda", dtype="bfloat16")
     memory = load_memory("path/to/checkpoint", backbone)
     prompt = backbone.encode_chat("A farm has 3 barns with 14 hens each. How many hens?")
-    config = GenerationConfig(max_new_tokens=256)
-    (answer,) = generate(backbone, [prompt], memory=memory, trigger=TriggerConfig(threshold=2.1), generation_config=config)
+    trigger, config = TriggerConfig(threshold=2.1), GenerationConfig(max_new_tokens=256)
+    (answer,) = generate(backbone, [prompt], memory=memory, trigger=trigger, generation_config=config)
     print(answer.text, [(t.text_index, t.entropy) for t in answer.triggers])
 
 Names are loaded when they are first used: importing the package costs nothing.

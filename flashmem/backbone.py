@@ -21,8 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from flashmem import monitor as monitoring
 from flashmem.errors import ConfigError, FlashMemError, PromptTooLongError, UnsupportedBackboneError
@@ -141,8 +147,6 @@ class Backbone:
             ) from error
         return cls(Path(name_or_path).name, model.to(device), tokenizer)
 
-
-
     @property
     def decoder(self) -> nn.Module:
         """The model without its LM head."""
@@ -185,7 +189,7 @@ class Backbone:
 
     @property
     def layer_types(self) -> list[str]:
-        """"full_attention" or "sliding_attention" for each layer."""
+        """Kind of attention in each layer: full_attention or sliding_attention."""
         named = getattr(self.config, "layer_types", None)
         if named:
             return list(named)
@@ -238,8 +242,6 @@ class Backbone:
             return self.decoder.rotary_emb(like, positions, self.layer_types[layer])
         return self.decoder.rotary_emb(like, positions)
 
-
-
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, no special tokens added."""
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -255,8 +257,6 @@ class Backbone:
     def decode(self, token_ids: list[int]) -> str:
         """Text of token ids, special tokens left out."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
-
-
 
     def observe(self, on: bool, *, rows: int = 1, clock: Any = None) -> None:
         """Switch the monitor on or off. Off, the monitored layer is a plain SDPA layer."""
@@ -350,8 +350,6 @@ class Backbone:
         if self._tap is None or self._tap.entropy is None:
             raise FlashMemError("The monitor is off: call observe(True) before the pass.")
         return self._tap.entropy
-
-
 
     def _left_pad(self, prompts: list[list[int]], width: int) -> tuple[Tensor, Tensor]:
         pad = self.tokenizer.pad_token_id or 0

@@ -161,8 +161,10 @@ def fit_threshold(
     pooled = torch.cat(values)
     generator = torch.Generator().manual_seed(seed)
     draws = [
-        torch.quantile(torch.cat([values[i] for i in torch.randint(len(values), (len(values),), generator=generator)]),
-                       percentile / 100)
+        torch.quantile(
+            torch.cat([values[i] for i in torch.randint(len(values), (len(values),), generator=generator)]),
+            percentile / 100,
+        )
         for _ in range(replicates)
     ]
     low, high = torch.quantile(torch.stack(draws), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()

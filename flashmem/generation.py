@@ -259,9 +259,7 @@ class _Loop:
             chosen.append(self.active_trigger and self.gates[row].decide(step))
         return chosen
 
-    def _write(
-        self, state: DecodeState, chosen: list[bool], entropies: list[float], outputs: list[float]
-    ) -> None:
+    def _write(self, state: DecodeState, chosen: list[bool], entropies: list[float], outputs: list[float]) -> None:
         assert self.memory is not None
         counts = [gate.injections - hit for gate, hit in zip(self.gates, chosen, strict=True)]
         with self.clock.phase("consolidate"):
@@ -271,9 +269,7 @@ class _Loop:
             # Counted on the host: reading the device's position here would cost a synchronisation.
             position = result.prompt_tokens + result.output_tokens + result.latent_tokens
             output = outputs[row] if self.watch_output else None
-            result.triggers.append(
-                Trigger(result.output_tokens, position, entropies[row], output, latents.shape[1])
-            )
+            result.triggers.append(Trigger(result.output_tokens, position, entropies[row], output, latents.shape[1]))
             if self.keep_memories:
                 result.memories.append(latents[row].float().cpu())
         with self.clock.phase("inject"):

@@ -1,9 +1,9 @@
 """Memory sources: who writes the latents, and what a checkpoint of one looks like.
 
-A source is an `nn.Module` called with a `MemoryContext` that returns `[B, K, d]` input embeddings. The paper's source is
-`flashmem.consolidator.SharedKVMemory`; its rival that re-encodes the history is `flashmem.encoder`; the cost-matched
-placebos are in `flashmem.placebo`. Here are the parts they share: the settings, the context that a source sees, a
-learned constant (the weakest trained memory), and saving and loading.
+A source is an `nn.Module` called with a `MemoryContext` that returns `[B, K, d]` input embeddings. The paper's source
+is `flashmem.consolidator.SharedKVMemory`; its rival that re-encodes the history is in `flashmem.encoder`; the
+cost-matched placebos are in `flashmem.placebo`. Here are the parts they share: the settings, the context that a source
+sees, a learned constant (the weakest trained memory), and saving and loading.
 
 A checkpoint is a folder: `model.safetensors` with the trained parameters only, and `config.json` with the settings,
 the backbone's fingerprint, the hash of the weights and free metadata. It holds nothing of the backbone, so it can be
@@ -228,7 +228,7 @@ def _local(path: str | Path) -> Path:
         try:
             return Path(snapshot_download(str(path)))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise CheckpointError(f"No folder {str(path)!r}, and the hub could not give that id: check both.") from error
+            raise CheckpointError(f"No folder {str(path)!r}, and the hub has no such id: check both.") from error
     raise CheckpointError(f"No checkpoint folder at {str(path)!r}: give a folder written by train, or a hub id.")
 
 

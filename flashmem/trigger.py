@@ -4,8 +4,8 @@ A policy looks at one row of one decision step and says yes or no. Decisions are
 at prompt end (paper Alg. 1). Whatever the policy says passes the same gate: a cooldown in text tokens and a cap on the
 injections of a sample, so that policies can be compared at the same cost.
 
-The literal algorithm has neither (`cooldown=0, max_injections=None`). The default, 32 text tokens and 8 injections, makes
-the paper's timed schedule of 8 x (32 text tokens + 8 latents) the worst case over 256 tokens.
+The literal algorithm has neither (`cooldown=0, max_injections=None`). The default, 32 text tokens and 8 injections,
+makes the paper's timed schedule of 8 x (32 text tokens + 8 latents) the worst case over 256 tokens.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def _slow_memory(memory, family: str, prompt: list[int]) -> torch.Tensor:
     attention, block_attention = original.self_attn, block.self_attn
     normed_history = original.input_layernorm(captured["x"])
     width = attention.head_dim
-    split = lambda t: t.view(1, -1, t.shape[-1] // width, width).transpose(1, 2)  # noqa: E731
+    split = lambda t: t.view(1, -1, t.shape[-1] // width, width).transpose(1, 2)
     if hasattr(attention, "qkv_proj"):
         fused = attention.qkv_proj(normed_history)
         queries = attention.o_proj.in_features
@@ -262,7 +262,9 @@ def test_shuffled_takes_another_answer_at_the_same_index(backbone) -> None:
     memory = new_memory(MemoryConfig(length=2), backbone)
     bank = MemoryBank()
     for i in range(9):
-        bank.add(torch.full((2, backbone.hidden_size), float(i)), injection_index=i % 3, answer="yes" if i < 6 else "no")
+        bank.add(
+            torch.full((2, backbone.hidden_size), float(i)), injection_index=i % 3, answer="yes" if i < 6 else "no"
+        )
     picked = ShuffledMemory(memory, bank, seed=4)
     state = backbone.prefill(prompts_of(12))
     with torch.no_grad():

@@ -65,14 +65,10 @@ def test_batch_equals_single_rows_with_different_triggers(family: str) -> None:
     gap = max(range(8, len(ordered) - 8), key=lambda i: ordered[i + 1] - ordered[i])
     tau = (ordered[gap] + ordered[gap + 1]) / 2
     trigger = TriggerConfig(threshold=tau, cooldown=3, max_injections=3)
-    alone = [
-        generate(backbone, [p], memory=memory, trigger=trigger, generation_config=GREEDY)[0] for p in prompts
-    ]
+    alone = [generate(backbone, [p], memory=memory, trigger=trigger, generation_config=GREEDY)[0] for p in prompts]
     together = generate(backbone, prompts, memory=memory, trigger=trigger, generation_config=GREEDY)
     assert [r.token_ids for r in together] == [r.token_ids for r in alone]
-    assert [[t.text_index for t in r.triggers] for r in together] == [
-        [t.text_index for t in r.triggers] for r in alone
-    ]
+    assert [[t.text_index for t in r.triggers] for r in together] == [[t.text_index for t in r.triggers] for r in alone]
     assert [r.positions_encoded for r in together] == [r.positions_encoded for r in alone]
     assert len({tuple(t.text_index for t in r.triggers) for r in alone}) > 1
 
@@ -97,9 +93,7 @@ def test_pre_injection_logits_leave_the_next_token_alone(backbone) -> None:
     trigger = TriggerConfig(kind="prompt-end")
     prompts = prompts_of(*[10] * 12)
     plain = generate(backbone, prompts, generation_config=one)
-    literal = generate(
-        backbone, prompts, memory=memory, trigger=trigger, generation_config=one, sampling_logits="pre"
-    )
+    literal = generate(backbone, prompts, memory=memory, trigger=trigger, generation_config=one, sampling_logits="pre")
     after = generate(backbone, prompts, memory=memory, trigger=trigger, generation_config=one)
     assert [r.token_ids for r in literal] == [r.token_ids for r in plain]
     assert [r.token_ids for r in after] != [r.token_ids for r in plain]

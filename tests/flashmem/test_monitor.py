@@ -148,5 +148,5 @@ def test_unknown_family_is_refused_with_its_reason() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20))
-    with pytest.raises(UnsupportedBackboneError, match="gpt2.*not supported"):
+    with pytest.raises(UnsupportedBackboneError, match=r"gpt2.*not supported"):
         Backbone("gpt2", model, make_tokenizer())

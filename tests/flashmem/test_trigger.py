@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -27,7 +28,7 @@ def test_gate_keeps_its_promises(entropies: list[float], cooldown: int, cap: int
     config = TriggerConfig(threshold=2.0, cooldown=cooldown, max_injections=cap)
     fired = _fired(config, entropies)
     assert all(entropies[t] > 2.0 for t in fired)
-    assert all(b - a >= cooldown for a, b in zip(fired, fired[1:], strict=False))
+    assert all(b - a >= cooldown for a, b in itertools.pairwise(fired))
     assert cap is None or len(fired) <= cap
     # Greedy: nothing that the gate allows is passed over.
     last, count = None, 0
