@@ -75,9 +75,7 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
     _TRAIN_SEED,
     _c("sample_id", "string", "Id of the sample, unique within its suite."),
     _c("index", "int", "Position in the suite's fixed order; --limit N takes the indices below N."),
-    _c(
-        "stratum", "string", "Group for which the suite reports separate scores (steps, links, length, task)."
-    ),
+    _c("stratum", "string", "Group for which the suite reports separate scores (steps, links, length, task)."),
     _c("attempt", "int", "Which start of the command made this row; 1 is the first."),
     _c("started_at", "string", "UTC time at which the sample began, ISO 8601."),
     _c("prompt_sha", "string", "Hash of the prompt's token ids; equal hashes prove equal prompts."),
@@ -360,9 +358,7 @@ RUN_COLUMNS: tuple[Column, ...] = (
     _c("checkpoint_scope", "string", "suite, joint or transfer."),
     _c("tau_source", "string", "suite or model."),
     _c("beyond_trained_context", "bool", "Any prompt was longer than the trained context."),
-    _c(
-        "attempts", "int", "Starts of the command that made these rows; times of several attempts are pooled."
-    ),
+    _c("attempts", "int", "Starts of the command that made these rows; times of several attempts are pooled."),
 )
 
 STRATUM_COLUMNS: tuple[Column, ...] = (

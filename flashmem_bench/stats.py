@@ -89,9 +89,7 @@ def score_interval(scores: ArrayLike, *, seed: int = 0, confidence: float = 0.95
     return mean_interval(data, seed=seed, confidence=confidence), "bootstrap"
 
 
-def bootstrap_means(
-    data: NDArray[np.float64], *, seed: int = 0, resamples: int = RESAMPLES
-) -> NDArray[np.float64]:
+def bootstrap_means(data: NDArray[np.float64], *, seed: int = 0, resamples: int = RESAMPLES) -> NDArray[np.float64]:
     """Means of bootstrap resamples of the rows.
 
     Args:
@@ -142,9 +140,7 @@ def clustered_standard_error(values: ArrayLike, clusters: Sequence[Hashable]) ->
     labels = {label: number for number, label in enumerate(dict.fromkeys(clusters))}
     if len(labels) < 2:
         return math.nan
-    sums = np.bincount(
-        [labels[label] for label in clusters], weights=data - data.mean(), minlength=len(labels)
-    )
+    sums = np.bincount([labels[label] for label in clusters], weights=data - data.mean(), minlength=len(labels))
     correction = len(labels) / (len(labels) - 1)
     return float(math.sqrt(correction * (sums**2).sum()) / data.size)
 
@@ -164,9 +160,7 @@ def paired_bootstrap(
     Raises:
         ValueError: the lengths differ.
     """
-    return mean_interval(
-        _pairs(a, b)[0] - _pairs(a, b)[1], seed=seed, resamples=resamples, confidence=confidence
-    )
+    return mean_interval(_pairs(a, b)[0] - _pairs(a, b)[1], seed=seed, resamples=resamples, confidence=confidence)
 
 
 def mcnemar_exact(fixed: int, broken: int) -> float:
@@ -196,9 +190,7 @@ def geometric_mean_ratio(
     top, bottom = _pairs(a, b)
     usable = (top > 0) & (bottom > 0)
     logs = np.log(top[usable] / bottom[usable])
-    return Interval(
-        *np.exp(mean_interval(logs, seed=seed, resamples=resamples, confidence=confidence)).tolist()
-    )
+    return Interval(*np.exp(mean_interval(logs, seed=seed, resamples=resamples, confidence=confidence)).tolist())
 
 
 def ratio_of_sums(
@@ -212,9 +204,7 @@ def ratio_of_sums(
         return Interval(float(above[0] / below[0]), math.nan, math.nan)
     means = bootstrap_means(np.stack([above, below], axis=1), seed=seed, resamples=resamples)
     defined = means[:, 1] > 0
-    return _percentile_interval(
-        float(above.sum() / below.sum()), means[defined, 0] / means[defined, 1], confidence
-    )
+    return _percentile_interval(float(above.sum() / below.sum()), means[defined, 0] / means[defined, 1], confidence)
 
 
 def median_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:

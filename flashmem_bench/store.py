@@ -81,8 +81,7 @@ class ResultStore:
         except OSError as error:
             reason = error.strerror or str(error)
             raise StoreError(
-                f"cannot write to the results folder {self.root} ({reason}); choose another with "
-                "--results-dir"
+                f"cannot write to the results folder {self.root} ({reason}); choose another with --results-dir"
             ) from error
         self._check_schema()
 
@@ -110,8 +109,8 @@ class ResultStore:
         Raises:
             StoreError: the names are missing, or the folder holds another identity.
         """
-        names = [descr.get(key) or identity.get(key) for key in ("suite", "method")]
-        if not all(isinstance(name, str) and name for name in names):
+        names = [str(descr.get(key) or identity.get(key) or "") for key in ("suite", "method")]
+        if not all(names):
             raise StoreError("a cell needs the names of its suite and its method")
         identifier = cell_id(identity)
         path = self.root / "runs" / safe_name(names[0]) / safe_name(names[1]) / identifier
@@ -267,9 +266,7 @@ class CellStore:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.close()
-            raise StoreError(
-                f"another process is writing {self.path}; wait for it or use another folder"
-            ) from error
+            raise StoreError(f"another process is writing {self.path}; wait for it or use another folder") from error
         self._lock = lock
 
 
@@ -289,9 +286,7 @@ def _scalar(value: Any, key: str) -> Any:
     if isinstance(value, str):
         # A lone surrogate, which a tokenizer can produce, has no UTF-8 form.
         return value.encode("utf-8", "replace").decode("utf-8")
-    raise TypeError(
-        f"{key} holds a {type(value).__name__}; only int, float, str, bool and None can be stored"
-    )
+    raise TypeError(f"{key} holds a {type(value).__name__}; only int, float, str, bool and None can be stored")
 
 
 def _plain(value: Any, key: str) -> Any:
@@ -320,9 +315,7 @@ def _append_line(handle: BinaryIO, line: bytes, path: Path) -> None:
 
 def _write_failure(path: Path, error: OSError) -> StoreError:
     reason = error.strerror or str(error)
-    return StoreError(
-        f"cannot write {path} ({reason}); nothing was lost, run the same command again once mended"
-    )
+    return StoreError(f"cannot write {path} ({reason}); nothing was lost, run the same command again once mended")
 
 
 def _make_folder(path: Path) -> None:
@@ -358,9 +351,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(whole, start=1):
         record = _parsed(line)
         if record is None and number < len(whole):
-            raise StoreError(
-                f"line {number} of {path} is broken; delete that line and run the same command again"
-            )
+            raise StoreError(f"line {number} of {path} is broken; delete that line and run the same command again")
         if record is not None:
             yield record
 
@@ -384,9 +375,7 @@ def _replace_json(path: Path, value: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as handle:
-            handle.write(
-                json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
-            )
+            handle.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")
             handle.flush()
             os.fsync(handle.fileno())
         temporary.replace(path)

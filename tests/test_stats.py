@@ -70,9 +70,7 @@ def test_bootstrap_interval_agrees_with_scipy() -> None:
     assert ours.high == pytest.approx(theirs.high, abs=0.03)
 
 
-@pytest.mark.parametrize(
-    "values", [np.random.default_rng(2).normal(size=200), np.repeat([0.0, 1.0], [70, 130])]
-)
+@pytest.mark.parametrize("values", [np.random.default_rng(2).normal(size=200), np.repeat([0.0, 1.0], [70, 130])])
 def test_bootstrap_standard_error_is_the_analytic_one(values: np.ndarray) -> None:
     analytic = values.std(ddof=0) / math.sqrt(len(values))
     assert stats.bootstrap_standard_error(values) == pytest.approx(analytic, rel=0.05)
@@ -188,9 +186,7 @@ def test_median_interval_holds_the_median(values: list[float]) -> None:
 def test_median_interval_covers() -> None:
     rng = np.random.default_rng(0)
     draws = rng.exponential(size=(2000, 41))
-    covered = [
-        stats.median_interval(row).low <= math.log(2) <= stats.median_interval(row).high for row in draws
-    ]
+    covered = [stats.median_interval(row).low <= math.log(2) <= stats.median_interval(row).high for row in draws]
     assert 0.94 < np.mean(covered) < 0.985
 
 

@@ -125,9 +125,7 @@ def test_torn_last_line_is_dropped_and_redone(tmp_path: Path, name: str, damage:
     )
     again = the_cell(tmp_path)
     assert again.done() == {"id-0", "id-1"}
-    assert path.read_bytes() != data, (
-        "reading alone must not repair a file that another process may be writing"
-    )
+    assert path.read_bytes() != data, "reading alone must not repair a file that another process may be writing"
     add(again, 2, 3)
     rows = the_cell(tmp_path).rows()
     assert [row["sample_id"] for row in rows] == ["id-0", "id-1", "id-2", "id-3"]
@@ -207,7 +205,7 @@ def test_foreign_schema_is_refused_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=f"has schema version {SCHEMA_VERSION + 1}"):
         ResultStore(tmp_path)
     (tmp_path / "SCHEMA.json").write_text("not json")
-    with pytest.raises(StoreError, match="SCHEMA.json"):
+    with pytest.raises(StoreError, match=r"SCHEMA\.json"):
         ResultStore(tmp_path)
 
 

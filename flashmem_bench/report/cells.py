@@ -1,0 +1,197 @@
+"""Finished cells as the report sees them, and the rule for which of them may be compared.
+
+Two cells are compared only when they answered the same prompts under the same conditions: backbone, device,
+dtype, batch size and execution mode, checked on the recorded values rather than on names. Everything else is
+shown apart, with the reason among the warnings.
+
+A cell that exists only as a point of an ablation axis is kept out of the headline tables. Of several headline
+cells of one suite and method, each carries the settings in which they differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from flashmem_bench.registry import method_names
+from flashmem_bench.store import CellStore, ResultStore
+
+VANILLA = "vanilla"
+FLASHMEM = "flashmem"
+PLACEBOS = (
+    "flashmem-random-trigger",
+    "flashmem-random-memory",
+    "flashmem-shuffled-memory",
+    "flashmem-mean-memory",
+    "flashmem-noop-memory",
+)
+CONDITIONS = ("model", "device", "dtype", "batch_size", "exec")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell with its rows in suite order.
+
+    Attributes:
+        store: where it lies.
+        manifest: its manifest, read once.
+        rows: finished samples, ordered by index.
+    """
+
+    store: CellStore
+    manifest: dict[str, Any]
+    rows: tuple[dict[str, Any], ...]
+
+    @property
+    def cell_id(self) -> str:
+        """Id of the cell."""
+        return self.store.cell_id
+
+    @property
+    def suite(self) -> str:
+        """Name of the suite."""
+        return str(self.manifest["descr"]["suite"])
+
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return str(self.manifest["descr"]["method"])
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What the runner said at the end of the last finished attempt."""
+        return self.manifest.get("summary") or {}
+
+    @property
+    def ablation(self) -> list[dict[str, Any]]:
+        """The axes that this cell is a point of."""
+        return self.manifest["descr"].get("ablation") or []
+
+    @property
+    def is_main(self) -> bool:
+        """Whether it belongs in the headline tables."""
+        marks = self.ablation
+        return self.manifest.get("direct", False) or not marks or any(mark.get("reference") for mark in marks)
+
+    @property
+    def status(self) -> str:
+        """``complete``, or ``partial`` when the last attempt did not come to its end."""
+        attempts = self.manifest.get("attempts") or []
+        return "complete" if attempts and "finished_at" in attempts[-1] else "partial"
+
+    @cached_property
+    def condition(self) -> tuple[Any, ...]:
+        """What must agree before two cells are compared; the backbone counts by its weights where known."""
+        first = self.rows[0]
+        backbone = _leaf(self.settings, "fingerprint") or first.get("model")
+        return (backbone, *(first.get(name) for name in CONDITIONS[1:]))
+
+    @property
+    def condition_text(self) -> str:
+        """The conditions in words."""
+        first = self.rows[0]
+        model, device, dtype, batch, mode = (first.get(name) for name in CONDITIONS)
+        return f"{model}, {device}, {dtype}, batch {batch}, {mode}"
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The identity with dotted keys."""
+        return flatten(self.manifest.get("identity") or {})
+
+    @cached_property
+    def texts(self) -> dict[str, dict[str, Any]]:
+        """Texts, tokens and entropies by sample id."""
+        return self.store.texts()
+
+    @cached_property
+    def by_sample(self) -> dict[str, dict[str, Any]]:
+        """Rows by sample id."""
+        return {row["sample_id"]: row for row in self.rows}
+
+
+def load_cells(store: ResultStore, suites: Collection[str] | None = None) -> list[Cell]:
+    """All cells with at least one row, in the order of the tables: suite, method, id.
+
+    Args:
+        store: the results.
+        suites: names to restrict to; None takes all.
+    """
+    order = {name: place for place, name in enumerate(method_names())}
+    cells = []
+    for entry in store.cells():
+        manifest = entry.manifest
+        if suites is not None and manifest["descr"]["suite"] not in suites:
+            continue
+        rows = tuple(sorted(entry.rows(), key=lambda row: (row.get("index") or 0, row["sample_id"])))
+        if rows:
+            cells.append(Cell(entry, manifest, rows))
+    return sorted(cells, key=lambda cell: (cell.suite, order.get(cell.method, len(order)), cell.method, cell.cell_id))
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping with its keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            flat.update(flatten(inner, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = inner
+    return flat
+
+
+def settings_differences(cells: Sequence[Cell]) -> dict[str, str]:
+    """For each cell id the settings in which it differs from other headline cells of its suite and method."""
+    different: dict[str, str] = {}
+    for cell in cells:
+        peers = [
+            other
+            for other in cells
+            if other.is_main and cell.is_main and (other.suite, other.method) == (cell.suite, cell.method)
+        ]
+        keys = sorted({key for peer in peers for key in peer.settings})
+        odd = [key for key in keys if len({repr(peer.settings.get(key)) for peer in peers}) > 1]
+        different[cell.cell_id] = ", ".join(f"{key}={cell.settings.get(key)}" for key in odd)
+    return different
+
+
+def shared_samples(a: Cell, b: Cell) -> list[str]:
+    """Ids of the samples that both cells have, in suite order."""
+    return [name for name in a.by_sample if name in b.by_sample]
+
+
+def refusal(a: Cell, b: Cell) -> str | None:
+    """Why two cells of one suite cannot be compared; None when they can."""
+    if a.condition != b.condition:
+        return f"{a.condition_text} against {b.condition_text}"
+    shared = shared_samples(a, b)
+    if not shared:
+        return "no sample in common"
+    odd = sum(a.by_sample[name].get("prompt_sha") != b.by_sample[name].get("prompt_sha") for name in shared)
+    if odd:
+        return f"{odd} of {len(shared)} common samples have different prompts"
+    return None
+
+
+def partner(cell: Cell, method: str, cells: Iterable[Cell]) -> Cell | None:
+    """The headline cell of a method that a cell is best compared with, None when none may be.
+
+    Among those that may, the one with the same seed, then with most settings equal, then with most samples
+    shared.
+    """
+    candidates = [
+        other
+        for other in cells
+        if other.suite == cell.suite and other.method == method and other.is_main and refusal(cell, other) is None
+    ]
+    return max(candidates, key=lambda other: _closeness(cell, other), default=None)
+
+
+def _closeness(a: Cell, b: Cell) -> tuple[bool, int, int]:
+    equal = sum(b.settings.get(key) == value for key, value in a.settings.items())
+    return a.rows[0].get("seed") == b.rows[0].get("seed"), equal, len(shared_samples(a, b))
+
+
+def _leaf(settings: Mapping[str, Any], name: str) -> Any:
+    return next((value for key, value in settings.items() if key.rpartition(".")[2].endswith(name)), None)

@@ -1,0 +1,127 @@
+"""Paired comparisons between cells, and the warnings that belong beside them.
+
+Differences are taken sample by sample on what both cells have; a verdict needs the interval of the difference
+and the test to agree, and is otherwise *cannot tell*. Pairs that may not be compared appear among the
+warnings instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flashmem_bench import stats
+from flashmem_bench.report.cells import FLASHMEM, PLACEBOS, VANILLA, Cell, partner, refusal, shared_samples
+from flashmem_bench.report.measures import Record, mean, score_block, use_block
+
+_MANY_TRUNCATED = 0.05
+_SIGNIFICANT = 0.05
+
+
+def comparison_records(cells: Sequence[Cell]) -> list[Record]:
+    """Every headline cell against vanilla, and flashmem against each of its placebos."""
+    records = []
+    for cell in (cell for cell in cells if cell.is_main):
+        if cell.method != VANILLA and (base := partner(cell, VANILLA, cells)):
+            records.append(compare(cell, base, "baseline"))
+        if cell.method in PLACEBOS and (subject := partner(cell, FLASHMEM, cells)):
+            records.append(compare(subject, cell, "placebo"))
+    return records
+
+
+def compare(a: Cell, b: Cell, kind: str) -> Record:
+    """Paired comparison of two cells that may be compared, on the samples that both have."""
+    shared = shared_samples(a, b)
+    pairs = [(a.by_sample[name], b.by_sample[name]) for name in shared]
+    same = [a.texts.get(name, {}).get("text") == b.texts.get(name, {}).get("text") for name in shared]
+    record = {
+        "suite": a.suite,
+        "kind": kind,
+        "a": a.method,
+        "b": b.method,
+        "cell_a": a.cell_id,
+        "cell_b": b.cell_id,
+        "n": len(shared),
+        "same_text_share": mean(same),
+        **_score_difference(pairs),
+    }
+    for name, column in (("time_ratio", "e2e_ms"), ("decode_time_ratio", "decode_ms")):
+        timed = [(x[column], y[column]) for x, y in pairs if x.get(column) and y.get(column)]
+        ratio = stats.geometric_mean_ratio([x for x, _ in timed], [y for _, y in timed], resamples=2_000)
+        record |= {name: ratio.estimate, f"{name}_low": ratio.low, f"{name}_high": ratio.high}
+    return record
+
+
+def comparison_warnings(cells: Sequence[Cell]) -> list[str]:
+    """What a reader must know before comparing: refused pairs and weak rows, one sentence each."""
+    warnings = []
+    for suite in sorted({cell.suite for cell in cells}):
+        main = [cell for cell in cells if cell.suite == suite and cell.is_main]
+        texts = sorted({cell.condition_text for cell in main})
+        if len({cell.condition for cell in main}) > 1:
+            shown = "; ".join(texts) if len(texts) > 1 else f"{texts[0]}, with different weights"
+            warnings.append(
+                f"{suite}: cells ran under different conditions and are never compared across them: {shown}."
+            )
+        warnings += [sentence for cell in main for sentence in _pair_warnings(cell, main)]
+        warnings += [f"{suite}, {cell.method}: {sentence}" for cell in main for sentence in _cell_warnings(cell)]
+    return warnings
+
+
+def _pair_warnings(cell: Cell, main: Sequence[Cell]) -> list[str]:
+    vanilla = [other for other in main if other.method == VANILLA]
+    if cell.method == VANILLA:
+        return []
+    if not vanilla:
+        return [f"{cell.suite}, {cell.method}: no vanilla cell, so there is nothing to compare it with."]
+    base = partner(cell, VANILLA, main)
+    if base is None:
+        return [f"{cell.suite}, {cell.method}: not compared with vanilla ({refusal(cell, vanilla[0])})."]
+    shared = len(shared_samples(cell, base))
+    if shared < max(len(cell.rows), len(base.rows)):
+        return [
+            f"{cell.suite}, {cell.method}: {len(cell.rows)} samples against {len(base.rows)} of vanilla; "
+            f"differences use the {shared} that both have."
+        ]
+    return []
+
+
+def _cell_warnings(cell: Cell) -> list[str]:
+    use, score = use_block(cell.rows), score_block(cell.rows)
+    attempts = {row.get("attempt") for row in cell.rows}
+    found = []
+    if cell.status == "partial":
+        found.append(f"the last attempt did not finish; {len(cell.rows)} samples so far.")
+    if use["error_rate"]:
+        found.append(f"{use['error_rate']:.1%} of the samples failed and have no score.")
+    if (use["truncated_rate"] or 0) > _MANY_TRUNCATED:
+        found.append(f"{use['truncated_rate']:.0%} of the answers were cut at the token budget.")
+    if score["n_scored"] < score["n"] and any(row.get("score_valid") is False for row in cell.rows):
+        found.append("scores of an untrained memory, or beyond the trained context, are left out.")
+    if len(attempts) > 1:
+        found.append(f"times are pooled over {len(attempts)} attempts.")
+    return found
+
+
+def _score_difference(pairs: Sequence[tuple[Record, Record]]) -> Record:
+    scored = [
+        (a["score"], b["score"])
+        for a, b in pairs
+        if None not in (a.get("score"), b.get("score")) and False not in (a.get("score_valid"), b.get("score_valid"))
+    ]
+    if not scored:
+        return {"verdict": "cannot tell"}
+    first, second = [a for a, _ in scored], [b for _, b in scored]
+    fixed, broken = sum(a > b for a, b in scored), sum(a < b for a, b in scored)
+    binary = {*first, *second} <= {0.0, 1.0}
+    p_value = stats.mcnemar_exact(fixed, broken) if binary else stats.wilcoxon_p(first, second)
+    interval = stats.paired_bootstrap(first, second)
+    sure = interval.excludes(0) and p_value < _SIGNIFICANT
+    return {
+        "difference": interval.estimate,
+        "low": interval.low,
+        "high": interval.high,
+        "fixed": fixed,
+        "broken": broken,
+        "p_value": p_value,
+        "verdict": ("better" if interval.estimate > 0 else "worse") if sure else "cannot tell",
+    }

@@ -1,0 +1,118 @@
+"""The look of every figure, in one place.
+
+Colours are those of Okabe and Ito, which people with any common colour-vision deficiency can tell apart, and
+no meaning rests on colour alone: methods also have markers, phases also have hatches. Axes of scores, shares
+and times begin at zero. Text is set at the size at which it is printed in a two-column page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+CPU_STAMP = "CPU timing, not comparable with GPU"
+
+BLACK, GREY, ORANGE, SKY, GREEN = "#000000", "#7a7a7a", "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+DARK, FAINT = "#4d4d4d", "#c8c8c8"
+WIDTH_INCH = 7.2
+
+
+@dataclass(frozen=True)
+class Look:
+    """Colour and marker of a method; placebos are hollow."""
+
+    color: str
+    marker: str
+    hollow: bool = False
+
+
+_LOOKS = {
+    "vanilla": Look(BLACK, "o"),
+    "flashmem": Look(VERMILLION, "D"),
+    "flashmem-literal": Look(ORANGE, "d"),
+    "flashmem-prompt-end": Look(ORANGE, "^"),
+    "flashmem-no-monitor": Look(ORANGE, "v"),
+    "flashmem-fixed-trigger": Look(SKY, "s"),
+    "flashmem-random-trigger": Look(SKY, "s", hollow=True),
+    "flashmem-output-entropy": Look(GREEN, "P"),
+    "flashmem-separate-encoder": Look(BLUE, "X"),
+    "flashmem-random-memory": Look(PURPLE, "o", hollow=True),
+    "flashmem-shuffled-memory": Look(PURPLE, "D", hollow=True),
+    "flashmem-mean-memory": Look(PURPLE, "^", hollow=True),
+    "flashmem-noop-memory": Look(PURPLE, "v", hollow=True),
+}
+_SPARE = tuple(Look(color, marker) for marker in "<>ph*" for color in (BLUE, GREEN, GREY, PURPLE, SKY))
+
+PHASES = {
+    "prefill": ("prefill_ms_mean", GREY, ""),
+    "decode": ("plain_ms_mean", SKY, ""),
+    "monitor": ("monitor_ms_mean", ORANGE, "///"),
+    "consolidate": ("consolidate_ms_mean", VERMILLION, "\\\\\\"),
+    "inject": ("inject_ms_mean", GREEN, "..."),
+}
+
+_RC = {
+    "font.size": 8.5,
+    "axes.titlesize": 9.5,
+    "axes.labelsize": 8.5,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "font.family": "DejaVu Sans",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 6,
+    "errorbar.capsize": 2,
+    "hatch.linewidth": 0.6,
+    "figure.dpi": 100,
+    "savefig.dpi": 200,
+    "savefig.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    # The same tables give byte-identical files.
+    "svg.hashsalt": "flashmem-bench",
+    "svg.fonttype": "path",
+}
+
+
+def look(method: str, place: int = 0) -> Look:
+    """Colour and marker of a method; an unknown one gets a spare look by its place in the table."""
+    return _LOOKS.get(method) or _SPARE[place % len(_SPARE)]
+
+
+@contextmanager
+def canvas(height_inch: float, rows: int = 1, columns: int = 1, **subplots: object) -> Iterator[tuple[Figure, list]]:
+    """A figure in the common style, drawn without any window system.
+
+    Yields:
+        The figure and its axes as a flat list.
+    """
+    with mpl.rc_context(_RC):
+        figure = Figure(figsize=(WIDTH_INCH, height_inch))
+        yield figure, list(figure.subplots(rows, columns, squeeze=False, **subplots).flat)
+
+
+def caption(figure: Figure, title: str, footnote: str, *, cpu_timed: bool) -> None:
+    """Set what the figure shows above it, stamped when its times are a CPU's, and the conditions below."""
+    stamp = f"  [{CPU_STAMP}]" if cpu_timed else ""
+    figure.suptitle(f"{title}{stamp}", fontsize=10, x=0.01, ha="left", fontweight="bold", parse_math=False)
+    figure.supxlabel(footnote, fontsize=7.5, x=0.01, ha="left", color=DARK, parse_math=False)
+
+
+def save(figure: Figure, folder: Path, name: str) -> Path:
+    """Write png and svg; returns the path of the svg."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
+    return folder / f"{name}.svg"

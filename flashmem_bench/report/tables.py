@@ -1,0 +1,226 @@
+"""From cells to tidy tables.
+
+``build_tables`` derives every table of the schema from the sample rows and nothing else, so each published
+number can be recomputed from ``samples``. ``write_tables`` stores them as parquet, with units and formulas in
+the metadata, and as csv. Statistics come from ``flashmem_bench.stats`` with a fixed seed: the same rows give
+the same tables.
+
+Scores are averaged over the samples whose score is valid; samples that failed stay visible in ``n`` and
+``error_rate``. Times are averaged over the samples that have them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from flashmem_bench.report.cells import Cell, load_cells, refusal, settings_differences
+from flashmem_bench.report.compare import compare, comparison_records
+from flashmem_bench.report.measures import Record, cost_block, phase_block, score_block, use_block
+from flashmem_bench.schema import METRIC_PREFIX, TABLES, Column, arrow_schema
+
+if TYPE_CHECKING:
+    from flashmem_bench.store import ResultStore
+
+_PANDAS = {"string": "string", "int": "Int64", "float": "float64", "bool": "boolean"}
+
+
+def build_tables(store: ResultStore, suites: Collection[str] | None = None) -> dict[str, pd.DataFrame]:
+    """All tables of the schema.
+
+    Args:
+        store: the results.
+        suites: names to restrict to; None takes all.
+
+    Returns:
+        Table name -> frame with exactly the schema's columns; empty tables keep theirs.
+    """
+    return tables_of(load_cells(store, suites))
+
+
+def tables_of(cells: Sequence[Cell]) -> dict[str, pd.DataFrame]:
+    """The same for cells that are already loaded."""
+    comparisons = comparison_records(cells)
+    records: dict[str, list[Record]] = {
+        "samples": [{**row, "cell": cell.cell_id} for cell in cells for row in cell.rows],
+        "metrics": [record for cell in cells for record in _metric_records(cell)],
+        "runs": run_records(cells, comparisons),
+        "strata": [record for cell in cells if cell.is_main for record in _stratum_records(cell)],
+        "comparisons": comparisons,
+        "latency": [],
+        "ablations": ablation_records(cells),
+        "claims": [],
+    }
+    return {name: frame(records[name], columns) for name, columns in TABLES.items()}
+
+
+def frame(records: Iterable[Record], columns: Sequence[Column]) -> pd.DataFrame:
+    """A frame with exactly these columns and their nullable types; other keys are left out."""
+    rows = list(records)
+    return pd.DataFrame(
+        {
+            column.name: pd.Series([row.get(column.name) for row in rows], dtype=_PANDAS[column.dtype])
+            for column in columns
+        }
+    )
+
+
+def write_tables(tables: dict[str, pd.DataFrame], folder: Path) -> list[Path]:
+    """Write each table as parquet and csv; returns the paths. A reader never sees half a file."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, table in tables.items():
+        for suffix in ("parquet", "csv"):
+            path = folder / f"{name}.{suffix}"
+            temporary = path.with_suffix(f".{suffix}.tmp")
+            if suffix == "csv":
+                table.to_csv(temporary, index=False)
+            else:
+                arrow = pa.Table.from_pandas(table, schema=arrow_schema(TABLES[name]), preserve_index=False)
+                parquet.write_table(arrow.replace_schema_metadata(arrow_schema(TABLES[name]).metadata), temporary)
+            temporary.replace(path)
+            paths.append(path)
+    return paths
+
+
+def run_records(cells: Sequence[Cell], comparisons: Sequence[Record]) -> list[Record]:
+    """One record a cell: score, use, cost, and the difference from vanilla for headline cells."""
+    against_vanilla = {record["cell_a"]: record for record in comparisons if record["kind"] == "baseline"}
+    differences = settings_differences(cells)
+    records = []
+    for cell in cells:
+        versus = against_vanilla.get(cell.cell_id, {})
+        records.append(
+            {
+                **_descr_block(cell),
+                "settings": differences[cell.cell_id],
+                **score_block(cell.rows),
+                "delta_vanilla": versus.get("difference"),
+                "delta_low": versus.get("low"),
+                "delta_high": versus.get("high"),
+                "time_ratio": versus.get("time_ratio"),
+                "decode_time_ratio": versus.get("decode_time_ratio"),
+                "same_text_share": versus.get("same_text_share"),
+                "why_equal": cell.summary.get("why_equal"),
+                **use_block(cell.rows),
+                **cost_block(cell.rows),
+                **phase_block(cell.rows),
+            }
+        )
+    return records
+
+
+def ablation_records(cells: Sequence[Cell]) -> list[Record]:
+    """One record for each axis that a cell is a point of, with its difference from the reference point."""
+    records = []
+    for cell in cells:
+        for mark in cell.ablation:
+            reference = _reference(cell, mark["axis"], cells)
+            delta = compare(cell, reference, "ablation") if reference else {}
+            records.append(
+                {
+                    **_descr_block(cell),
+                    "axis": mark["axis"],
+                    "value": "none" if mark["value"] is None else str(mark["value"]),
+                    "value_number": _number(mark["value"]),
+                    "reference": bool(mark.get("reference")),
+                    **score_block(cell.rows),
+                    "delta_reference": delta.get("difference"),
+                    "delta_low": delta.get("low"),
+                    "delta_high": delta.get("high"),
+                    **use_block(cell.rows),
+                    **cost_block(cell.rows),
+                }
+            )
+    return sorted(records, key=_axis_order)
+
+
+def _descr_block(cell: Cell) -> Record:
+    first = cell.rows[0]
+    names = (
+        "model",
+        "seed",
+        "train_seed",
+        "device",
+        "dtype",
+        "batch_size",
+        "exec",
+        "checkpoint_scope",
+        "tau_source",
+    )
+    return {
+        "cell": cell.cell_id,
+        "suite": cell.suite,
+        "method": cell.method,
+        **{name: first.get(name) for name in names},
+        "role": "main" if cell.is_main else "ablation",
+        "status": cell.status,
+        "beyond_trained_context": any(row.get("beyond_trained_context") for row in cell.rows),
+        "attempts": len({row.get("attempt") for row in cell.rows}),
+    }
+
+
+def _metric_records(cell: Cell) -> list[Record]:
+    return [
+        {
+            "cell": cell.cell_id,
+            "suite": cell.suite,
+            "method": cell.method,
+            "sample_id": row["sample_id"],
+            "metric": key.removeprefix(METRIC_PREFIX),
+            "value": value,
+        }
+        for row in cell.rows
+        for key, value in row.items()
+        if key.startswith(METRIC_PREFIX)
+    ]
+
+
+def _stratum_records(cell: Cell) -> list[Record]:
+    strata = dict.fromkeys(row["stratum"] for row in cell.rows if row.get("stratum") is not None)
+    return [
+        {
+            "cell": cell.cell_id,
+            "suite": cell.suite,
+            "method": cell.method,
+            "stratum": stratum,
+            **score_block([row for row in cell.rows if row.get("stratum") == stratum]),
+        }
+        for stratum in sorted(strata, key=_natural)
+    ]
+
+
+def _reference(cell: Cell, axis: str, cells: Sequence[Cell]) -> Cell | None:
+    candidates = [
+        other
+        for other in cells
+        if (other.suite, other.method) == (cell.suite, cell.method)
+        and any(mark["axis"] == axis and mark.get("reference") for mark in other.ablation)
+        and refusal(cell, other) is None
+    ]
+    return candidates[0] if candidates else None
+
+
+def _axis_order(record: Record) -> tuple[Any, ...]:
+    number = record["value_number"]
+    place = (1, 0.0, record["value"]) if number is None else (0, number, "")
+    return record["axis"], record["suite"], record["method"], place
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _natural(text: str) -> list[tuple[int, int, str]]:
+    """Sort key by which n=16 comes after n=8."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text)]
