@@ -66,9 +66,7 @@ class Splits(Mapping[str, Rows]):
             docs = self._loaders[split]()
             if not docs:
                 left_out = f" ({self.bad_rows} broken rows left out)" if self.bad_rows else ""
-                raise DataError(
-                    f"the split {split!r} of {self._suite} is empty{left_out}; check its data file"
-                )
+                raise DataError(f"the split {split!r} of {self._suite} is empty{left_out}; check its data file")
             self._built[split] = Rows(docs)
         return self._built[split]
 
@@ -144,8 +142,7 @@ class SuiteFiles:
             except ValueError as error:
                 if not self._skip:
                     raise DataError(
-                        f"{origin}: row {number} is broken: {error}; "
-                        "mend it, or leave it out with --skip-bad-rows"
+                        f"{origin}: row {number} is broken: {error}; mend it, or leave it out with --skip-bad-rows"
                     ) from error
                 self.bad_rows += 1
 

@@ -52,9 +52,7 @@ def generated(
         try:
             rows = generate(name, split, sizes[split], seed, **chosen)
         except (TypeError, ValueError) as error:
-            raise UsageError(
-                f"the generator of {name} refuses {chosen or 'its settings'}: {error}"
-            ) from error
+            raise UsageError(f"the generator of {name} refuses {chosen or 'its settings'}: {error}") from error
         return [{**row, "gold": row["answer"]} for row in rows]
 
     return Splits(name, {split: _later(split_rows, split) for split in sizes})
@@ -86,7 +84,7 @@ def _gsm8k_doc(row: Doc) -> Doc:
 
 
 def babi(*, held_out: float, data_dir=None, skip_bad_rows: bool = False, **_: Any) -> Splits:
-    """bAbI from `babi/en_{train,test}.jsonl[.gz]` or `facebook/babi_qa`, one document a question."""
+    """The bAbI tasks from `babi/en_{train,test}.jsonl[.gz]` or `facebook/babi_qa`, one document a question."""
     files = SuiteFiles(
         "babi", {"train": "en_train", "test": "en_test"}, _babi_story, _babi_from_hub, data_dir, skip_bad_rows
     )

@@ -150,9 +150,7 @@ def function_names(path: Path) -> list[str]:
     names = []
     for file in _chain(path.resolve()):
         events = yaml.parse(file.read_bytes(), Loader=_SuiteLoader)
-        names += [
-            str(getattr(event, "value", "")) for event in events if getattr(event, "tag", None) == "!function"
-        ]
+        names += [str(getattr(event, "value", "")) for event in events if getattr(event, "tag", None) == "!function"]
     return sorted(set(names))
 
 
@@ -176,9 +174,7 @@ def _info(path: Path, name: str | None = None, bundled: bool = True) -> SuiteInf
 def _find_file(name: str) -> SuiteInfo:
     path = Path(name).expanduser()
     if not path.is_file():
-        raise UsageError(
-            f"there is no suite file {name}; give a path, or a name that flashmem-bench list suites shows"
-        )
+        raise UsageError(f"there is no suite file {name}; give a path, or a name that flashmem-bench list suites shows")
     bundled = path.resolve().parent == suites_dir().resolve()
     info = _info(path.resolve(), name=None, bundled=bundled)
     return info if bundled else dataclasses.replace(info, name=info.path.stem)

@@ -161,9 +161,7 @@ class Suite:
         """Return what the primary metric's filter extracted and every metric under every filter."""
         from lm_eval.api.instance import Instance
 
-        instance = Instance(
-            "generate_until", doc=sample.doc, arguments=(sample.prompt, {}), idx=0, resps=[text]
-        )
+        instance = Instance("generate_until", doc=sample.doc, arguments=(sample.prompt, {}), idx=0, resps=[text])
         metrics: dict[str, float] = {}
         extracted: str | None = None
         for ensemble in self._task._filters:
@@ -393,12 +391,8 @@ def _generator_code(info: SuiteInfo) -> str:
 
 def _suite_code(path: Path) -> str:
     """Hash the Python files beside a suite file that its functions come from."""
-    modules = {
-        path.parent / (name.rpartition(".")[0].replace(".", "/") + ".py") for name in function_names(path)
-    }
-    return hashlib.sha256(
-        b"".join(file.read_bytes() for file in sorted(modules) if file.is_file())
-    ).hexdigest()
+    modules = {path.parent / (name.rpartition(".")[0].replace(".", "/") + ".py") for name in function_names(path)}
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(modules) if file.is_file())).hexdigest()
 
 
 def _rows_hash(docs: Sequence[Doc]) -> str:

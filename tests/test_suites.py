@@ -22,7 +22,7 @@ GENERATED = ["hops", "hops-list", "recall", "wordmath"]
 SPLITS = ["test", "calibration", "validation", "train"]
 
 
-def write_jsonl(path: Path, rows: list[dict | str]) -> Path:
+def write_jsonl(path: Path, rows: list) -> Path:
     """Write rows, a string as it is; gzip where the name says so."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
@@ -34,7 +34,7 @@ def write_jsonl(path: Path, rows: list[dict | str]) -> Path:
 def gsm8k_row(number: int) -> dict:
     return {
         "question": f"Kim has {number} pens and finds {number}. How many?",
-        "answer": f"She has {number}+{number} = <<{number}+{number}={2 * number}>>{2 * number:,} pens.\n#### {2 * number:,}",
+        "answer": f"She has {number}+{number} = <<{number}+{number}=x>>{2 * number:,} pens.\n#### {2 * number:,}",
     }
 
 
@@ -98,7 +98,7 @@ def test_the_bundled_suites_are_listed_with_what_a_reader_needs():
 
 
 def test_an_unknown_suite_names_its_near_misses():
-    with pytest.raises(UnknownNameError, match="no suite named 'gsm8' .did you mean gsm8k.") as caught:
+    with pytest.raises(UnknownNameError, match=r"no suite named 'gsm8' .did you mean gsm8k.") as caught:
         find_suite("gsm8")
     assert caught.value.exit_code == 2
 
@@ -125,9 +125,7 @@ def test_prompts_and_scores_are_lm_evals_own(name, data):
     from lm_eval.tasks import TaskManager
 
     suite = load_suite(name, data_dir=data)
-    manager = TaskManager(
-        include_path=str(suites_dir()), include_defaults=False, metadata={"data_dir": str(data)}
-    )
+    manager = TaskManager(include_path=str(suites_dir()), include_defaults=False, metadata={"data_dir": str(data)})
     task = manager.load(f"flashmem_{name}")["tasks"][f"flashmem_{name}"]
     assert len(task.eval_docs) == len(suite.samples())
     for sample, doc in zip(suite.samples()[:5], task.eval_docs, strict=False):
@@ -162,9 +160,7 @@ def test_lm_evals_own_evaluation_runs_our_folder_and_agrees(data):
             raise NotImplementedError
 
     names = [f"flashmem_{name}" for name in NAMES]
-    manager = TaskManager(
-        include_path=str(suites_dir()), include_defaults=False, metadata={"data_dir": str(data)}
-    )
+    manager = TaskManager(include_path=str(suites_dir()), include_defaults=False, metadata={"data_dir": str(data)})
     found = lm_eval.simple_evaluate(Constant(), tasks=names, limit=7, task_manager=manager, bootstrap_iters=0)
     for name in NAMES:
         suite = load_suite(name, data_dir=data)
@@ -198,9 +194,7 @@ def test_samples_are_unique_ordered_and_split_without_overlap(name, data):
     if name != "babi":
         assert not prompts["test"] & prompts["train"] and not prompts["calibration"] & prompts["train"]
     again = load_suite(name, data_dir=data).samples()
-    assert [sample.sample_id for sample in again[:20]] == [
-        sample.sample_id for sample in suite.samples()[:20]
-    ]
+    assert [sample.sample_id for sample in again[:20]] == [sample.sample_id for sample in suite.samples()[:20]]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -262,10 +256,7 @@ def test_gsm8k_rows_splits_and_fields(data):
     suite = load_suite("gsm8k", data_dir=data)
     first = suite.samples()[0]
     assert first.sample_id == "gsm8k-test-00001" and first.answer == "1000"
-    assert (
-        first.prompt
-        == gsm8k_row(500)["question"] + '\nReason step by step, then end with "#### " and the number.'
-    )
+    assert first.prompt == gsm8k_row(500)["question"] + '\nReason step by step, then end with "#### " and the number.'
     assert first.target == "She has 500+500 = 1,000 pens.\n#### 1,000"
     sizes = {split: len(suite.samples(split)) for split in SPLITS}
     # 5 % of 40 rows.
@@ -307,9 +298,8 @@ def test_babi_ids_context_and_order(data):
 def test_babi_holds_out_the_last_stories_of_every_task(data):
     suite = load_suite("babi", data_dir=data)
     # One of twenty stories a task, two questions each.
-    assert {sample.sample_id[:-3] for sample in suite.samples("calibration")} == {
-        f"{t}-0020" for t in ("qa1", "qa2", "qa10")
-    }
+    held_out = {sample.sample_id[:-3] for sample in suite.samples("calibration")}
+    assert held_out == {"qa1-0020", "qa2-0020", "qa10-0020"}
     assert len(suite.samples("calibration")) == 6 and len(suite.samples("train")) == 114
 
 
@@ -349,9 +339,7 @@ def test_a_broken_row_is_named_and_can_be_left_out(suite, file, broken, why, dat
     write_jsonl(path, [good, good, broken, good])
     with pytest.raises(DataError, match="row 3 is broken") as caught:
         load_suite(suite, data_dir=data)
-    assert (
-        str(path) in str(caught.value) and why in str(caught.value) and "--skip-bad-rows" in str(caught.value)
-    )
+    assert str(path) in str(caught.value) and why in str(caught.value) and "--skip-bad-rows" in str(caught.value)
     loaded = load_suite(suite, data_dir=data, skip_bad_rows=True)
     assert (len(loaded.samples()), loaded.bad_rows) == (3, 1)
 
@@ -371,7 +359,7 @@ def test_an_empty_split_is_an_error(content, data):
 
 def test_a_split_of_broken_rows_only_is_empty_and_says_why(data):
     write_jsonl(data / "gsm8k/test.jsonl", ["x", "y"])
-    with pytest.raises(DataError, match="2 broken rows left out"):
+    with pytest.raises(DataError, match=r"2 broken rows left out"):
         load_suite("gsm8k", data_dir=data, skip_bad_rows=True)
 
 
@@ -384,7 +372,7 @@ def test_a_damaged_archive_is_one_sentence(data):
 
 def test_a_missing_file_or_folder_is_not_filled_from_elsewhere(data, tmp_path, no_hub):
     (data / "gsm8k/test.jsonl").unlink()
-    with pytest.raises(DataError, match="holds neither test.jsonl nor test.jsonl.gz"):
+    with pytest.raises(DataError, match=r"holds neither test.jsonl nor test.jsonl.gz"):
         load_suite("gsm8k", data_dir=data)
     with pytest.raises(DataError, match="does not exist; check --data-dir"):
         load_suite("gsm8k", data_dir=tmp_path / "nowhere")
@@ -426,6 +414,35 @@ def test_gsm8k_from_the_hub_equals_gsm8k_from_the_folder(data, monkeypatch):
     local, remote = load_suite("gsm8k", data_dir=data), load_suite("gsm8k")
     assert remote.content_hash == local.content_hash
     assert [sample.prompt for sample in remote.samples()] == [sample.prompt for sample in local.samples()]
+
+
+FILL_CACHE_AND_LOAD = """
+import pathlib, sys, datasets
+from datasets.arrow_writer import ArrowWriter
+features = datasets.Features({"question": datasets.Value("string"), "answer": datasets.Value("string")})
+folder = pathlib.Path(datasets.config.HF_DATASETS_CACHE) / "openai___gsm8k/main/0.0.0/0123abcd"
+folder.mkdir(parents=True)
+splits = {}
+for name in ("train", "test"):
+    writer = ArrowWriter(path=str(folder / f"gsm8k-{name}.arrow"), features=features)
+    for n in range(7):
+        writer.write({"question": f"{name} {n}?", "answer": f"#### {n}"})
+    rows, size = writer.finalize()
+    splits[name] = {"name": name, "num_bytes": size, "num_examples": rows, "dataset_name": "gsm8k"}
+datasets.DatasetInfo(features=features, splits=splits, builder_name="parquet", dataset_name="gsm8k",
+                     config_name="main", version="0.0.0").write_to_directory(str(folder))
+from flashmem_bench.tasks import load_suite
+print(*[sample.answer for sample in load_suite("gsm8k").samples()])
+"""
+
+
+def test_without_network_a_filled_datasets_cache_is_enough(tmp_path, no_hub):
+    env = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    env.pop("HF_DATASETS_CACHE", None)
+    done = subprocess.run(
+        [sys.executable, "-c", FILL_CACHE_AND_LOAD], capture_output=True, text=True, check=True, env=env
+    )
+    assert done.stdout.split() == [str(n) for n in range(7)]
 
 
 def test_an_unknown_split_is_refused():
@@ -517,7 +534,7 @@ def test_python_tags_are_never_loaded(own_suite):
 
 
 def test_templates_run_in_a_sandbox(own_suite):
-    with pytest.raises(DataError, match="unsafe|SecurityError"):
+    with pytest.raises(DataError, match=r"unsafe|SecurityError"):
         load_suite(own_suite(prompt="{{ ''.__class__.__mro__[1].__subclasses__() }}"))
 
 
@@ -555,9 +572,7 @@ def test_a_task_of_lm_eval_loads_with_its_own_prompt(monkeypatch):
     suite = load_suite("lm-eval/gsm8k")
     sample = suite.samples()[0]
     assert sample.prompt.count("Question:") == 6 and sample.prompt.endswith("\nAnswer:")
-    assert (
-        suite.grade(sample, "#### 0").score == 1.0 and suite.grade(sample, "none").parse_status == "no_answer"
-    )
+    assert suite.grade(sample, "#### 0").score == 1.0 and suite.grade(sample, "none").parse_status == "no_answer"
     assert suite.primary_metric == "exact_match,strict-match" and suite.generation.max_new_tokens == 256
 
 

@@ -17,9 +17,7 @@ _NUMBER = r"[-+]?[$\u20ac\u00a3]?[-+]?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
 _MARKED = re.compile(r"####[ \t]*(" + _NUMBER + r")")
 # In running text "2,3" is a list and "5-3" a difference, so commas must group by three and a sign must
 # stand free.
-_FREE = re.compile(
-    r"(?:(?<![\w)])[-+])?[$\u20ac\u00a3]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
-)
+_FREE = re.compile(r"(?:(?<![\w)])[-+])?[$\u20ac\u00a3]?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
 
 
 def marked_number(text: str) -> str | None:

@@ -40,9 +40,7 @@ def filter_first_line(resps: Responses, docs: Sequence[Doc]) -> list[list[str]]:
 
 def filter_echoed_lines(resps: Responses, docs: Sequence[Doc]) -> list[list[str]]:
     """Keep one `<echo> <value>` line for every look-up of the document that was answered."""
-    return [
-        [_answered(text, doc["echoes"]) for text in texts] for texts, doc in zip(resps, docs, strict=True)
-    ]
+    return [[_answered(text, doc["echoes"]) for text in texts] for texts, doc in zip(resps, docs, strict=True)]
 
 
 def number_results(doc: Doc, results: Sequence[str]) -> dict[str, float]:

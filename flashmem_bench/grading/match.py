@@ -62,9 +62,7 @@ def item_shares(
         `items_right`, the share of all items right; `one_link` and `two_link`, the shares among the items
         of one and of two links (left out where there are none); `all_right`, 1.0 where nothing is wrong.
     """
-    right = [
-        value is not None and same_words(value, truth) for value, truth in zip(values, gold, strict=True)
-    ]
+    right = [value is not None and same_words(value, truth) for value, truth in zip(values, gold, strict=True)]
     two = [ok for ok, echo in zip(right, echoes, strict=True) if echo in set(hard)]
     one = [ok for ok, echo in zip(right, echoes, strict=True) if echo not in set(hard)]
     shares = {"items_right": _share(right), "all_right": float(all(right))}
