@@ -109,7 +109,8 @@ def test_the_task_name_of_lm_eval_is_also_accepted():
 
 def test_listing_suites_imports_nothing_heavy():
     code = (
-        "import sys; from flashmem_bench.suites import list_suites, find_suite; list_suites(); find_suite('lm-eval/gsm8k');"
+        "import sys; from flashmem_bench.suites import list_suites, find_suite;"
+        "list_suites(); find_suite('lm-eval/gsm8k');"
         "print({'torch', 'lm_eval', 'datasets', 'pandas', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
