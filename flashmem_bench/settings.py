@@ -10,6 +10,7 @@ Two invariants: an unknown key names its nearest neighbours, and a bad value nam
 
 from __future__ import annotations
 
+import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,7 @@ from flashmem_bench.errors import UnknownNameError, UsageError
 TriggerKind = Literal[
     "attention-entropy", "output-entropy", "never", "always", "every", "random", "delimiter", "prompt-end"
 ]
+SUITE_PREFIX = "suite."
 _MANY = 1_000_000
 
 
@@ -136,6 +138,9 @@ SETTING_KEYS = tuple(FIELDS)
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     """Parse `key=value` strings of `--set` into checked values.
 
+    Keys that begin with `suite.` are settings of a generated suite's generator (`suite.pairs=[8,64]`); they are read as
+    JSON where they are JSON, and the suite checks them.
+
     Raises:
         UnknownNameError: A key that does not exist, with its near misses.
         UsageError: No `=`, a wrong type, or a value outside the allowed range.
@@ -145,8 +150,22 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals:
             raise UsageError(f"--set takes key=value, not {text!r}")
-        values[key.strip()] = check_value(key.strip(), value.strip())
+        key, value = key.strip(), value.strip()
+        values[key] = _plain(value) if key.startswith(SUITE_PREFIX) else check_value(key, value)
     return values
+
+
+def split_suite_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Separate the generator settings of suites (without their prefix) from those of methods."""
+    of_suite = {k.removeprefix(SUITE_PREFIX): v for k, v in values.items() if k.startswith(SUITE_PREFIX)}
+    return of_suite, {k: v for k, v in values.items() if not k.startswith(SUITE_PREFIX)}
+
+
+def _plain(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def check_value(key: str, value: Any) -> Any:

@@ -71,6 +71,15 @@ class BuildContext:
     reference: Mapping[str, ReferenceSample] = field(default_factory=dict)
     match: str = "within"
 
+    def threshold(self, stratum: str | None) -> float | None:
+        """Return tau for a stratum; None when the trigger has no threshold."""
+        trigger = self.settings.trigger
+        if trigger.kind not in ENTROPY_KINDS:
+            return None
+        if trigger.threshold is not None:
+            return trigger.threshold
+        return self.thresholds.get(stratum, self.thresholds.get(None))
+
 
 class Method(Protocol):
     """Answers prompts."""
@@ -81,8 +90,8 @@ class Method(Protocol):
         """Answer a batch of prompts (token ids), one record each; `seed` is that of the batch's first sample."""
         ...
 
-    def threshold(self, sample: Sample) -> float | None:
-        """Return the trigger's threshold for a sample; None when there is none."""
+    def warm_up(self, prompt: list[int], sample: Sample) -> None:
+        """Run once over every shape that a sample meets; nothing of it is recorded."""
         ...
 
     def batch_key(self, sample: Sample) -> object:

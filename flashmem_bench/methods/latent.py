@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from flashmem.memory import MemorySource
     from flashmem.trigger import TriggerConfig
     from flashmem_bench.clock import HostClock
+    from flashmem_bench.settings import Settings
     from flashmem_bench.tasks import Sample
 
+_WARM_UP_TOKENS = 16
 # Groups of settings that change what a latent-memory method answers.
 USES = ("trigger", "memory", "monitor", "sampling", "exec")
 
@@ -42,44 +44,52 @@ class LatentMethod:
     ):
         from transformers import GenerationConfig
 
-        self._context, self._memory = context, memory
+        self._context, self.memory, self.backbone = context, memory, context.backbone
         self._trigger_for = trigger_for or self._trigger
         self._generation_config = GenerationConfig(**context.generation)
         context.backbone.monitor = monitor_config(context)
-
-    def threshold(self, sample: Sample) -> float | None:
-        """Return tau for the sample's stratum; None when the trigger has no threshold."""
-        settings = self._context.settings.trigger
-        if settings.threshold is not None:
-            return settings.threshold
-        by_stratum = self._context.thresholds
-        return by_stratum.get(sample.stratum, by_stratum.get(None))
 
     def batch_key(self, sample: Sample) -> object:
         """Return the trigger: the library runs a batch under one."""
         return self._trigger_for(sample)
 
+    def warm_up(self, prompt: list[int], sample: Sample) -> None:
+        """Generate a few tokens of one sample."""
+        full = self._generation_config
+        budget = min(_WARM_UP_TOKENS, self._context.generation["max_new_tokens"])
+        self._generation_config = type(full)(**{**self._context.generation, "max_new_tokens": budget})
+        try:
+            self.generate([prompt], [sample], None, 0)
+        finally:
+            self._generation_config = full
+
     def generate(
-        self, prompts: Sequence[list[int]], samples: Sequence[Sample], clock: HostClock | None, seed: int
+        self,
+        prompts: Sequence[list[int]],
+        samples: Sequence[Sample],
+        clock: HostClock | None,
+        seed: int,
+        keep_memories: bool = False,
     ) -> list[Generation]:
         """Answer a batch whose samples have the same `batch_key`."""
         from flashmem.generation import generate
         from flashmem.memory import SampleContext
 
         return generate(
-            self._context.backbone,
+            self.backbone,
             list(prompts),
-            memory=self._memory,
-            trigger=self._trigger_for(samples[0]) if self._memory is not None else None,
+            memory=self.memory,
+            trigger=self._trigger_for(samples[0]) if self.memory is not None else None,
             generation_config=self._generation_config,
             sampling_logits=self._context.settings.sampling.logits,
             clock=clock,
             seed=seed,
             samples=[SampleContext(sample.sample_id, sample.answer) for sample in samples],
+            keep_memories=keep_memories,
         )
 
     def _trigger(self, sample: Sample) -> TriggerConfig:
-        return trigger_config(self._context, threshold=self.threshold(sample))
+        return trigger_config(self._context, threshold=self._context.threshold(sample.stratum))
 
 
 def trigger_config(context: BuildContext, **changes: Any) -> TriggerConfig:
@@ -96,20 +106,23 @@ def monitor_config(context: BuildContext) -> Any:
     return MonitorConfig(**context.settings.monitor.model_dump())
 
 
-def memory_config(context: BuildContext) -> Any:
-    """Return the library's memory configuration for the settings, for an untrained memory."""
+def memory_config(settings: Settings) -> Any:
+    """Return the library's memory configuration for the settings of a memory that is not trained yet."""
     from flashmem.memory import MemoryConfig
 
-    values = context.settings.memory.model_dump()
-    return MemoryConfig(**{entry.name: values[entry.name] for entry in fields(MemoryConfig) if entry.name in values})
+    values = settings.memory.model_dump()
+    return MemoryConfig(**{entry.name: values[entry.name] for entry in fields(MemoryConfig)})
 
 
 def trained_memory(context: BuildContext) -> MemorySource:
     """Load the trained memory of the cell, or make an untrained one where the settings ask for it."""
+    import torch
+
     from flashmem.memory import load_memory, new_memory
 
     if context.memory is None:
-        return new_memory(memory_config(context), context.backbone)
+        torch.manual_seed(context.seed)
+        return new_memory(memory_config(context.settings), context.backbone).eval()
     return load_memory(context.memory, context.backbone)
 
 

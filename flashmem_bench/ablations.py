@@ -1,0 +1,116 @@
+"""The ablation axes that need no training, as one table of data.
+
+An axis is a setting and a row of values; each value is one cell of the method, and the cell that equals the method's
+default is the reference. Cells are ordinary cells: one that exists already, from `run` or from another axis, is not run
+again, it only gets the mark of the axis in its description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flashmem_bench.errors import UnknownNameError, UsageError
+from flashmem_bench.settings import check_value
+
+DEFAULT_LIMIT = 100
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis.
+
+    Attributes:
+        name: Public name.
+        summary: One line for `flashmem-bench list ablations`.
+        key: The setting that it varies.
+        values: Default values, as text.
+        reference: The value that the others are compared with.
+        percentiles: `p85` stands for a percentile of the calibrated entropies, a plain number for an absolute value.
+    """
+
+    name: str
+    summary: str
+    key: str
+    values: tuple[str, ...]
+    reference: str
+    percentiles: bool = False
+
+
+AXES: tuple[Axis, ...] = (
+    Axis(
+        "monitor-threshold",
+        "tau, as a percentile of the calibrated entropies (p85) or in nats (1.25)",
+        "trigger.threshold",
+        ("p50", "p60", "p70", "p75", "p80", "p85", "p90", "p95", "p99"),
+        "p85",
+        percentiles=True,
+    ),
+    Axis("trigger-interval", "n of a memory every n text tokens", "trigger.interval", ("8", "16", "32", "64", "128"), "32"),
+    Axis("cooldown", "text tokens without a memory after one", "trigger.cooldown", ("0", "8", "16", "32", "64"), "32"),
+    Axis(
+        "max-injections", "memories a sample at most", "trigger.max_injections", ("1", "2", "4", "8", "16", "none"), "8"
+    ),
+    Axis("sink-tokens", "first tokens left out of the entropy", "monitor.sinks", ("0", "1", "2", "4", "8"), "4"),
+    Axis("sampling-logits", "logits after the injection or before it", "sampling.logits", ("post", "pre"), "post"),
+)
+
+# Axes whose setting the default method does not read are shown on the method that does.
+DEFAULT_METHOD = {"trigger-interval": "flashmem-fixed-trigger"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of an axis: its text, the settings that make it, and whether it is the reference."""
+
+    text: str
+    settings: dict[str, Any]
+    reference: bool
+
+
+def get_axis(name: str) -> Axis:
+    """Return the axis called `name`.
+
+    Raises:
+        UnknownNameError: No such axis; the message has the near misses.
+    """
+    by_name = {axis.name: axis for axis in AXES}
+    if name not in by_name:
+        raise UnknownNameError("ablation axis", name, by_name)
+    return by_name[name]
+
+
+def points(axis: Axis, values: Sequence[str] | None = None) -> list[Point]:
+    """Return the points of an axis, the reference always among them.
+
+    Raises:
+        UsageError: A value that the setting does not take.
+    """
+    wanted = list(dict.fromkeys(values or axis.values))
+    made = [_point(axis, text) for text in wanted]
+    reference = _point(axis, axis.reference)
+    return made if any(point.reference for point in made) else [reference, *made]
+
+
+def _point(axis: Axis, text: str) -> Point:
+    settings = _percentile(axis, text) if axis.percentiles and text[:1].lower() == "p" else None
+    if settings is None:
+        settings = {axis.key: check_value(axis.key, text)}
+    if axis.percentiles and settings.get(axis.key, 0) is None:
+        raise UsageError(f"a value of {axis.name} is a percentile such as p85 or a number of nats, not {text!r}")
+    return Point(text.lower(), settings, settings == _reference_settings(axis))
+
+
+def _percentile(axis: Axis, text: str) -> dict[str, Any]:
+    try:
+        number = float(text[1:])
+    except ValueError:
+        raise UsageError(f"a value of {axis.name} is a percentile such as p85 or a number, not {text!r}") from None
+    return {"trigger.percentile": check_value("trigger.percentile", number)}
+
+
+def _reference_settings(axis: Axis) -> dict[str, Any]:
+    if axis.percentiles:
+        return _percentile(axis, axis.reference)
+    return {axis.key: check_value(axis.key, axis.reference)}

@@ -1,0 +1,101 @@
+"""Memories of other samples, for the placebos that replace the content of a memory.
+
+A bank is filled on the calibration split, so that no tested sample lends its memory: first under the trigger of the
+method itself, which gives memories of every injection index, then, where the trigger fired too rarely, with memories at
+the prompt end. It is large enough when 64 memories remain for every answer after those of that answer are left out, or
+when the split has no more samples. Banks are cached in `<results>/banks` under the hash of all that they depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashmem_bench.methods.base import BuildContext
+
+if TYPE_CHECKING:
+    from flashmem.placebo import MemoryBank
+    from flashmem_bench.tasks import Sample
+
+MIN_OTHERS = 64
+
+
+def bank_hash(parts: Mapping[str, Any]) -> str:
+    """Return the name of a bank: 16 hex digits over everything that its memories depend on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def find_or_make_bank(
+    results: Path, name: str, context: BuildContext, on_memory: Callable[[int], None] | None = None
+) -> MemoryBank:
+    """Load the bank `name`, or fill and store it.
+
+    Args:
+        results: The results folder.
+        name: From `bank_hash`.
+        context: As for building `flashmem` itself.
+        on_memory: Called with the number of memories so far.
+    """
+    from flashmem.placebo import MemoryBank
+
+    path = results / "banks" / f"{name}.safetensors"
+    if path.exists():
+        return MemoryBank.load(path)
+    bank = fill_bank(context, on_memory)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    bank.save(partial)
+    partial.replace(path)
+    return bank
+
+
+def fill_bank(context: BuildContext, on_memory: Callable[[int], None] | None = None) -> MemoryBank:
+    """Collect memories on the calibration split until the bank is large enough."""
+    from flashmem.placebo import MemoryBank
+    from flashmem_bench.methods.latent import LatentMethod, trained_memory
+
+    bank = MemoryBank()
+    method = LatentMethod(context, trained_memory(context))
+    samples = context.suite.samples("calibration")
+    _collect(bank, method, samples, context.seed, on_memory)
+    if not _enough(bank):
+        _collect(bank, _at_prompt_end(context, method), samples, context.seed, on_memory)
+    return bank
+
+
+def _at_prompt_end(context: BuildContext, method: Any) -> Any:
+    """Return the method with one memory at the prompt end and one token to generate: all that its memory costs."""
+    from flashmem_bench.methods.latent import LatentMethod, trigger_config
+
+    short = BuildContext(**{**vars(context), "generation": {**context.generation, "max_new_tokens": 1}})
+    trigger = trigger_config(context, kind="prompt-end")
+    return LatentMethod(short, method.memory, lambda sample: trigger)
+
+
+def _collect(
+    bank: MemoryBank,
+    method: Any,
+    samples: Sequence[Sample],
+    seed: int,
+    on_memory: Callable[[int], None] | None,
+) -> None:
+    for index in range(len(samples)):
+        if _enough(bank):
+            return
+        sample = samples[index]
+        prompt = method.backbone.encode_chat(sample.prompt)
+        (generation,) = method.generate([prompt], [sample], None, seed, keep_memories=True)
+        for order, memory in enumerate(generation.memories):
+            bank.add(memory, order, sample.answer)
+        if on_memory is not None:
+            on_memory(len(bank))
+
+
+def _enough(bank: MemoryBank) -> bool:
+    if len(bank) < MIN_OTHERS:
+        return False
+    return len(bank) - max(Counter(bank.answers).values()) >= MIN_OTHERS

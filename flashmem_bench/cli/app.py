@@ -1,0 +1,44 @@
+"""The table of commands."""
+
+from __future__ import annotations
+
+import typer
+
+from flashmem_bench import __version__
+from flashmem_bench.cli.ablate import ablate
+from flashmem_bench.cli.calibrate import calibrate
+from flashmem_bench.cli.describe import describe
+from flashmem_bench.cli.doctor import doctor
+from flashmem_bench.cli.lists import list_names
+from flashmem_bench.cli.report import report
+from flashmem_bench.cli.run import run
+from flashmem_bench.cli.train import train
+
+app = typer.Typer(
+    name="flashmem-bench",
+    help="Latent memory for frozen language models: run, time, grade and report it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True)) -> None:
+    """Latent memory for frozen language models: run, time, grade and report it."""
+    if version:
+        print(__version__)
+        raise typer.Exit()
+
+
+for _name, _command in {
+    "run": run,
+    "ablate": ablate,
+    "train": train,
+    "calibrate": calibrate,
+    "report": report,
+    "list": list_names,
+    "describe": describe,
+    "doctor": doctor,
+}.items():
+    app.command(_name)(_command)

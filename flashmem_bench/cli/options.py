@@ -1,0 +1,143 @@
+"""Options with one meaning in every command, and the reading of their values.
+
+Options that take a list may be repeated or take commas; counts may be written as `4k`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flashmem_bench.errors import UsageError
+
+_RUNNING, _DATA, _OUTPUT = "Running", "Data", "Output"
+
+
+def _option(*names: str, help: str, panel: str | None = None, **more: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=more.pop("show_default", False), **more)
+
+
+Suites = Annotated[list[str] | None, _option("--suite", "-s", help="Suite; repeat or use commas.", metavar="NAME")]
+Methods = Annotated[list[str] | None, _option("--method", "-m", help="Method; repeat or use commas.", metavar="NAME")]
+Model = Annotated[
+    str, _option("--model", help="flashmem-tiny (bundled, default), a folder, or a hub id.", metavar="M")
+]
+Limit = Annotated[
+    str | None, _option("--limit", "-n", help="First N samples; a larger N extends a cell.", metavar="N")
+]
+Seed = Annotated[str, _option("--seed", help="Seed of sampling and random controls (0).", metavar="S", panel=_RUNNING)]
+BatchSize = Annotated[str, _option("--batch-size", help="Samples at once (1).", metavar="B", panel=_RUNNING)]
+Device = Annotated[str, _option("--device", help="auto, cpu, cuda, cuda:1, mps.", metavar="D", panel=_RUNNING)]
+DType = Annotated[
+    str, _option("--dtype", help="auto, float32, bfloat16, float16.", metavar="T", panel=_RUNNING)
+]
+Checkpoint = Annotated[
+    str | None, _option("--checkpoint", help="Trained memory: a folder or a hub id.", metavar="C", panel=_RUNNING)
+]
+Set = Annotated[
+    list[str] | None, _option("--set", help="A setting, key=value; repeat.", metavar="K=V", panel=_RUNNING)
+]
+Truncate = Annotated[
+    str | None, _option("--truncate", help="Cut a prompt that is too long: left or middle.", metavar="WHERE",
+                        panel=_RUNNING)
+]  # fmt: skip
+Match = Annotated[
+    str, _option("--match", help="How random moments are matched: within or pooled.", metavar="HOW", panel=_RUNNING)
+]
+DataDir = Annotated[
+    Path | None, _option("--data-dir", help="Folder with <suite>/<file>.jsonl[.gz].", metavar="DIR", panel=_DATA)
+]
+SkipBadRows = Annotated[bool, _option("--skip-bad-rows", help="Go on without broken rows.", panel=_DATA)]
+TrustSuite = Annotated[
+    bool, _option("--trust-suite", help="Run the code that a suite file of your own names.", panel=_DATA)
+]
+ResultsDir = Annotated[
+    Path, _option("--results-dir", help="Results folder (results).", metavar="DIR", panel=_OUTPUT)
+]
+Json = Annotated[bool, _option("--json", help="The last line of stdout is one JSON document.", panel=_OUTPUT)]
+Quiet = Annotated[bool, _option("--quiet", "-q", help="No progress and no tables.", panel=_OUTPUT)]
+Debug = Annotated[bool, _option("--debug", help="Log everything; tracebacks.", panel=_OUTPUT)]
+
+DEFAULT_RESULTS = Path("results")
+
+
+def split_list(values: list[str] | None) -> tuple[str, ...]:
+    """Return the entries of a list option, each once, in order."""
+    entries = [entry.strip() for value in values or [] for entry in value.split(",")]
+    return tuple(dict.fromkeys(entry for entry in entries if entry))
+
+
+def required(values: list[str] | None, option: str, listing: str) -> tuple[str, ...]:
+    """Return the entries of a list option that must be given."""
+    entries = split_list(values)
+    if not entries:
+        raise UsageError(f"{option} is missing; flashmem-bench list {listing} shows what there is")
+    return entries
+
+
+def count(value: str | None, option: str, least: int = 1) -> int | None:
+    """Read a whole number, where 4k means 4096."""
+    if value is None:
+        return None
+    text = str(value).strip().lower()
+    factor = 1024 if text.endswith("k") else 1
+    try:
+        number = int(text.removesuffix("k")) * factor
+    except ValueError:
+        raise UsageError(f"{option} must be a whole number of at least {least}, not {value!r}") from None
+    if number < least:
+        raise UsageError(f"{option} must be a whole number of at least {least}, not {value}")
+    return number
+
+
+def number(value: str | None, option: str) -> float | None:
+    """Read a positive number."""
+    if value is None:
+        return None
+    try:
+        parsed = float(value)
+    except ValueError:
+        parsed = -1.0
+    if not 0 < parsed < float("inf"):
+        raise UsageError(f"{option} must be a number above 0, not {value!r}")
+    return parsed
+
+
+def command_line() -> str:
+    """Return the command as the user can paste it."""
+    return shlex.join(["flashmem-bench", *sys.argv[1:]])
+
+
+def set_up_logging(debug: bool) -> None:
+    """Send the log to stderr: everything of ours with `--debug`, else warnings."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(name)s: %(message)s")
+    for name in ("flashmem", "flashmem_bench"):
+        logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.WARNING)
+
+
+def emit_json(document: Any) -> None:
+    """Print one JSON document as the last line of stdout."""
+    sys.stdout.flush()
+    print(json.dumps(document, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def say(text: str, quiet: bool = False) -> None:
+    """Print a sentence on stderr."""
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def known_suites(values: list[str] | None) -> tuple[str, ...]:
+    """Return the suites asked for, each known to exist; a suite file keeps its path."""
+    from flashmem_bench.suites import find_suite
+
+    names = required(values, "--suite", "suites")
+    for name in names:
+        find_suite(name)
+    return names

@@ -1,0 +1,128 @@
+"""`flashmem-bench run`: the grid of suites and methods."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flashmem_bench.cli import options as o
+
+if TYPE_CHECKING:
+    from flashmem_bench.runner import CellResult
+
+
+def run(
+    suite: o.Suites = None,
+    method: o.Methods = None,
+    model: o.Model = "flashmem-tiny",
+    limit: o.Limit = None,
+    seed: o.Seed = "0",
+    batch_size: o.BatchSize = "1",
+    device: o.Device = "auto",
+    dtype: o.DType = "auto",
+    checkpoint: o.Checkpoint = None,
+    set_: o.Set = None,
+    truncate: o.Truncate = None,
+    match: o.Match = "within",
+    data_dir: o.DataDir = None,
+    skip_bad_rows: o.SkipBadRows = False,
+    trust_suite: o.TrustSuite = False,
+    results_dir: o.ResultsDir = o.DEFAULT_RESULTS,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> int:
+    """Run methods on suites. The same command continues where it stopped.
+
+    Example: flashmem-bench run --suite wordmath --method vanilla,flashmem --limit 50
+    """
+    o.set_up_logging(debug)
+    from flashmem_bench.registry import get_methods
+    from flashmem_bench.session import Request
+    from flashmem_bench.settings import parse_assignments
+
+    request = Request(
+        suites=o.known_suites(suite),
+        methods=tuple(spec.name for spec in get_methods(o.required(method, "--method", "methods"))),
+        model=model,
+        limit=o.count(limit, "--limit"),
+        seed=o.count(seed, "--seed", least=0) or 0,
+        batch_size=o.count(batch_size, "--batch-size") or 1,
+        device=device,
+        dtype=dtype,
+        checkpoint=checkpoint,
+        settings=parse_assignments(set_ or []),
+        truncate=truncate,
+        match=match,
+        data_dir=data_dir,
+        skip_bad_rows=skip_bad_rows,
+        trust_suite=trust_suite,
+        results_dir=results_dir,
+        command=o.command_line(),
+    )
+    return execute(request, json=json, quiet=quiet)
+
+
+def execute(request: Any, *, json: bool, quiet: bool, **more: Any) -> int:
+    """Run a request, show its table and return the exit code."""
+    from flashmem_bench.progress import progress_for
+    from flashmem_bench.runner import Interrupted, run_grid
+
+    try:
+        results = run_grid(request, progress=progress_for(quiet), **more)
+    except Interrupted:
+        o.say(f"interrupted; everything finished is stored. Continue with: {request.command}")
+        return 130
+    return conclude(request, results, json=json, quiet=quiet)
+
+
+def conclude(request: Any, results: list[CellResult], *, json: bool, quiet: bool) -> int:
+    """Show what became of the cells and return the exit code of the command."""
+    if json:
+        o.emit_json({"results_dir": str(request.results_dir), "cells": [_cell(result) for result in results]})
+    elif not quiet:
+        show(request, results)
+    failed = [result for result in results if result.status != "complete"]
+    for result in failed:
+        count = sum(1 for row in result.rows if row.get("error"))
+        o.say(
+            f"error: {count} of {len(result.rows)} samples of {result.suite} x {result.method} failed; "
+            f"the first: {result.error}"
+        )
+    if not failed:
+        return 0
+    return 1 if all(result.status == "failed" for result in results) else 3
+
+
+def show(request: Any, results: list[CellResult]) -> None:
+    """Print the table of the cells of this command."""
+    from rich.console import Console
+
+    from flashmem_bench.report.console import runs_table
+    from flashmem_bench.report.tables import build_tables
+    from flashmem_bench.store import ResultStore
+
+    console = Console()
+    ours = {result.cell for result in results}
+    tables = build_tables(ResultStore(request.results_dir))
+    runs = tables["runs"]
+    console.print(runs_table(runs[runs["cell"].isin(ours)]))
+    for result in results:
+        why = result.summary.get("why_equal")
+        if why:
+            console.print(f"{result.suite} x {result.method}: texts equal vanilla's: {why}", highlight=False)
+    console.print(f"results in {request.results_dir.resolve()}", highlight=False, soft_wrap=True)
+
+
+def _cell(result: CellResult) -> dict[str, Any]:
+    scores = [row["score"] for row in result.rows if row.get("score") is not None]
+    return {
+        "suite": result.suite,
+        "method": result.method,
+        "cell": result.cell,
+        "status": result.status,
+        "samples": len(result.rows),
+        "new_samples": result.new_samples,
+        "score": sum(scores) / len(scores) if scores else None,
+        "error": result.error,
+        "why_equal": result.summary.get("why_equal"),
+    }

@@ -1,0 +1,138 @@
+"""What a command loads once and then shares: the request, the suites, the backbone, the store.
+
+Loading is lazy and in the order in which mistakes are cheapest to find: names and settings first, then the results
+folder, then the suites, and the backbone last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashmem_bench.errors import UsageError
+from flashmem_bench.models import BUNDLED, load_backbone
+from flashmem_bench.settings import Settings, split_suite_settings
+from flashmem_bench.store import ResultStore
+
+if TYPE_CHECKING:
+    from flashmem.backbone import Backbone
+    from flashmem_bench.tasks import Suite
+
+TRUNCATIONS = ("left", "middle")
+MATCHES = ("within", "pooled")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, with every default filled in.
+
+    Attributes:
+        suites: Names of suites.
+        methods: Names of methods.
+        limit: The first so many samples of each suite; None = all.
+        seed: Seed of sampling and of random controls.
+        settings: Checked values of `--set`, dotted keys.
+        truncate: How a prompt beyond the positions is cut; None = it is an error.
+        match: How a random trigger is matched to its flashmem cell.
+        calibrate_missing: Measure a threshold that is not there, instead of refusing (ablations of the monitor).
+        command: The command line that continues this run.
+    """
+
+    suites: tuple[str, ...]
+    methods: tuple[str, ...]
+    model: str = BUNDLED
+    limit: int | None = None
+    seed: int = 0
+    batch_size: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+    data_dir: Path | None = None
+    results_dir: Path = Path("results")
+    checkpoint: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    truncate: str | None = None
+    match: str = "within"
+    split: str = "test"
+    skip_bad_rows: bool = False
+    trust_suite: bool = False
+    calibrate_missing: bool = False
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise UsageError(f"--limit must be 1 or more, not {self.limit}")
+        if self.batch_size < 1:
+            raise UsageError(f"--batch-size must be 1 or more, not {self.batch_size}")
+        if self.truncate is not None and self.truncate not in TRUNCATIONS:
+            raise UsageError(f"--truncate must be left or middle, not {self.truncate!r}")
+        if self.match not in MATCHES:
+            raise UsageError(f"--match must be within or pooled, not {self.match!r}")
+
+
+class Session:
+    """Lazily loaded parts of one command.
+
+    Args:
+        request: What was asked for.
+        backbone: A backbone that is already loaded; by default the request's model is loaded when first needed.
+    """
+
+    def __init__(self, request: Request, backbone: Backbone | None = None):
+        self.request = request
+        self._backbone = backbone
+        self._suites: dict[str, Suite] = {}
+
+    @cached_property
+    def store(self) -> ResultStore:
+        """The results folder."""
+        return ResultStore(self.request.results_dir)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen model."""
+        if self._backbone is None:
+            self._backbone = load_backbone(self.request.model, self.request.device, self.request.dtype)
+        return self._backbone
+
+    def suite(self, name: str) -> Suite:
+        """Return a suite, loaded once."""
+        if name not in self._suites:
+            from flashmem_bench.tasks import load_suite
+
+            generator, _ = split_suite_settings(self.request.settings)
+            self._suites[name] = load_suite(
+                name,
+                data_dir=self.request.data_dir,
+                skip_bad_rows=self.request.skip_bad_rows,
+                trust_suite=self.request.trust_suite,
+                settings=generator or None,
+            )
+        return self._suites[name]
+
+    @property
+    def method_settings(self) -> dict[str, Any]:
+        """The values of `--set` that concern methods."""
+        return split_suite_settings(self.request.settings)[1]
+
+
+def generation_arguments(backbone: Backbone, suite: Suite, settings: Settings) -> dict[str, Any]:
+    """Return the arguments of `transformers.GenerationConfig` for a suite under the settings."""
+    wanted = suite.generation
+    temperature = settings.sampling.temperature
+    temperature = wanted.temperature if temperature is None else temperature
+    eos = backbone.model.generation_config.eos_token_id
+    eos = backbone.tokenizer.eos_token_id if eos is None else eos
+    arguments: dict[str, Any] = {
+        "max_new_tokens": wanted.max_new_tokens,
+        "do_sample": temperature > 0,
+        "eos_token_id": [eos] if isinstance(eos, int) else list(eos) if eos is not None else None,
+        "pad_token_id": backbone.tokenizer.pad_token_id,
+    }
+    if temperature > 0:
+        arguments.update(temperature=float(temperature), top_p=float(wanted.top_p))
+    if wanted.stop:
+        arguments["stop_strings"] = list(wanted.stop)
+    return arguments
