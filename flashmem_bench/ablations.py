@@ -1,8 +1,8 @@
 """The ablation axes that need no training, as one table of data.
 
 An axis is a setting and a row of values; each value is one cell of the method, and the cell that equals the method's
-default is the reference. Cells are ordinary cells: one that exists already, from `run` or from another axis, is not run
-again, it only gets the mark of the axis in its description.
+default is the reference. Cells are ordinary cells: one that exists already, from `run` or from another axis, is not
+run again, it only gets the mark of the axis in its description.
 """
 
 from __future__ import annotations
@@ -47,7 +47,13 @@ AXES: tuple[Axis, ...] = (
         "p85",
         percentiles=True,
     ),
-    Axis("trigger-interval", "n of a memory every n text tokens", "trigger.interval", ("8", "16", "32", "64", "128"), "32"),
+    Axis(
+        "trigger-interval",
+        "n of a memory every n text tokens",
+        "trigger.interval",
+        ("8", "16", "32", "64", "128"),
+        "32",
+    ),
     Axis("cooldown", "text tokens without a memory after one", "trigger.cooldown", ("0", "8", "16", "32", "64"), "32"),
     Axis(
         "max-injections", "memories a sample at most", "trigger.max_injections", ("1", "2", "4", "8", "16", "none"), "8"

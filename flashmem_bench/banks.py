@@ -1,9 +1,10 @@
 """Memories of other samples, for the placebos that replace the content of a memory.
 
 A bank is filled on the calibration split, so that no tested sample lends its memory: first under the trigger of the
-method itself, which gives memories of every injection index, then, where the trigger fired too rarely, with memories at
-the prompt end. It is large enough when 64 memories remain for every answer after those of that answer are left out, or
-when the split has no more samples. Banks are cached in `<results>/banks` under the hash of all that they depend on.
+method itself, which gives memories of every injection index, then, where the trigger fired too rarely, with memories
+at the prompt end. It is large enough when 64 memories remain for every answer after those of that answer are left
+out, or when the split has no more samples. Banks are cached in `<results>/banks` under the hash of all that they
+depend on.
 """
 
 from __future__ import annotations

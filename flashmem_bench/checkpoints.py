@@ -1,12 +1,13 @@
 """Where the trained memory of a method is, and whether it may be used unasked.
 
-The search order: the one that the user names; the user's own for this suite; the user's own joint one if it was trained
-on this suite; the bundled one for this suite; the bundled joint one. `scope` says what was found: trained on this suite
-alone, on several of which this is one, or on others.
+The search order: the one that the user names; the user's own for this suite; the user's own joint one if it was
+trained on this suite; the bundled one for this suite; the bundled joint one. `scope` says what was found: trained on
+this suite alone, on several of which this is one, or on others.
 
-A checkpoint that breaks more than 2 % of the validation samples that the plain backbone solved is never used by default:
-it is skipped with a sentence, and only naming it with `--checkpoint` overrides that. This module reads the JSON part of a
-checkpoint and never its weights, so it needs no torch; whether it fits the backbone is checked when it is loaded.
+A checkpoint that breaks more than 2 % of the validation samples that the plain backbone solved is never used by
+default: it is skipped with a sentence, and only naming it with `--checkpoint` overrides that. This module reads the
+JSON part of a checkpoint and never its weights, so it needs no torch; whether it fits the backbone is checked when it
+is loaded.
 """
 
 from __future__ import annotations

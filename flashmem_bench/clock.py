@@ -1,14 +1,14 @@
 """Clocks that time one generation by phase.
 
-The decode loop of the library tells a clock when a phase begins and ends and when a sampled token is known on the host.
-Three clocks understand that: `HostClock` for a CPU, `CudaEventClock` for a GPU, `FakeClock` for tests. A clock does not
-decide what is timed and never changes an answer.
+The decode loop of the library tells a clock when a phase begins and ends and when a sampled token is known on the
+host. Three clocks understand that: `HostClock` for a CPU, `CudaEventClock` for a GPU, `FakeClock` for tests. A clock
+does not decide what is timed and never changes an answer.
 
 Definitions, per generation, in milliseconds. t0 is set by `start()`, with the ids ready and the device idle.
-`prefill_ms` is the phase "prefill". `ttft_ms` is t0 to the first sampled token on the host, `e2e_ms` t0 to the last one.
-`decode_ms` = e2e_ms - prefill_ms. `tpot_ms` = (e2e_ms - ttft_ms) / (n - 1), null for n < 2, n being the text tokens with
-the final EOS. `sample_ms`, `monitor_ms`, `consolidate_ms`, `inject_ms` are the summed phases of these names. Phases may be nested; each
-accumulates its own total, so totals of nested phases overlap.
+`prefill_ms` is the phase "prefill". `ttft_ms` is t0 to the first sampled token on the host, `e2e_ms` t0 to the last
+one. `decode_ms` = e2e_ms - prefill_ms. `tpot_ms` = (e2e_ms - ttft_ms) / (n - 1), null for n < 2, n being the text
+tokens with the final EOS. `sample_ms`, `monitor_ms`, `consolidate_ms`, `inject_ms` are the summed phases of these
+names. Phases may be nested; each accumulates its own total, so totals of nested phases overlap.
 
 In a batch all rows share one clock: its times are those of the batch, n is the longest answer of the batch.
 """
@@ -106,7 +106,9 @@ class HostClock:
         ttft = None if self._first is None else (self._first - self._t0) / 1e6
         e2e = None if self._last is None else (self._last - self._t0) / 1e6
         decode = None if e2e is None else e2e - prefill
-        tpot = (e2e - ttft) / (output_tokens - 1) if e2e is not None and ttft is not None and output_tokens > 1 else None
+        tpot = (
+            (e2e - ttft) / (output_tokens - 1) if e2e is not None and ttft is not None and output_tokens > 1 else None
+        )
         return Timing(
             prefill_ms=prefill,
             ttft_ms=ttft,

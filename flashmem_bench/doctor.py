@@ -1,7 +1,7 @@
 """Checks of an installation: what is there, what is missing, and what to do about it.
 
-A check is essential when nothing runs without it; the others explain what will be refused. Nothing is changed, and the
-network is not used.
+A check is essential when nothing runs without it; the others explain what will be refused. Nothing is changed, and
+the network is not used.
 """
 
 from __future__ import annotations
@@ -124,7 +124,9 @@ def _data(data_dir: Path | None) -> Iterator[Check]:
     real = [info.name for info in list_suites() if info.kind == "real"]
     folder = data_dir or (Path(os.environ["FLASHMEM_DATA"]) if os.environ.get("FLASHMEM_DATA") else None)
     if folder is None:
-        yield Check("data", "warning", f"no --data-dir and no FLASHMEM_DATA: {', '.join(real)} need the hub or its cache")
+        yield Check(
+            "data", "warning", f"no --data-dir and no FLASHMEM_DATA: {', '.join(real)} need the hub or its cache"
+        )
         return
     if not folder.is_dir():
         yield Check("data", "warning", f"{folder} is not a folder")
@@ -151,7 +153,9 @@ def _bundled() -> Iterator[Check]:
     yield from _memories(memories)
     taus = sorted(thresholds.bundled_folder().glob("*/*.json"))
     shown = ", ".join(f"{path.parent.name} {path.stem}" for path in taus)
-    yield Check("thresholds", "ok" if taus else "warning", shown or "none bundled; make them with flashmem-bench calibrate")
+    yield Check(
+        "thresholds", "ok" if taus else "warning", shown or "none bundled; make them with flashmem-bench calibrate"
+    )
 
 
 def _memories(configs: list[Path]) -> Iterator[Check]:

@@ -1,7 +1,7 @@
 """Why a method's texts are the same as those of `vanilla`, where they are.
 
-A row that equals the baseline is either a finding (the memory changes nothing) or an accident (the trigger never fired),
-and a table cannot tell which. The sentence made here goes into the cell's summary and the report.
+A row that equals the baseline is either a finding (the memory changes nothing) or an accident (the trigger never
+fired), and a table cannot tell which. The sentence made here goes into the cell's summary and the report.
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
 """Fitting a memory on suites: examples, training, and the measurement that decides whether it may become a default.
 
-The backbone stays frozen. Examples come from the training split of each suite, either its own targets (`gold`) or correct
-answers of the backbone itself, found by sampling and graded by the suite (`self`), so that what the memory adds can be told
-from what a teacher adds. Several suites make one joint memory.
+The backbone stays frozen. Examples come from the training split of each suite, either its own targets (`gold`) or
+correct answers of the backbone itself, found by sampling and graded by the suite (`self`), so that what the memory
+adds can be told from what a teacher adds. Several suites make one joint memory.
 
-After training, the plain backbone and one memory at the prompt end answer the validation split. `harm` is the mean loss of
-score over the samples where the memory lowers it (for scores of 0 and 1: the share of samples that the backbone solved and
-the memory breaks), `gain` the mean rise where it raises it. Both go into the checkpoint, per suite and over all.
+After training, the plain backbone and one memory at the prompt end answer the validation split. `harm` is the mean
+loss of score over the samples where the memory lowers it (for scores of 0 and 1: the share of samples that the
+backbone solved and the memory breaks), `gain` the mean rise where it raises it. Both go into the checkpoint, per
+suite and over all.
 
-Everything continues where it stopped: sampled answers, training steps, and a finished checkpoint is not trained again.
+Everything continues where it stopped: sampled answers, training steps, and a finished checkpoint is not trained
+again.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from flashmem_bench.checkpoints import JOINT, checkpoint_folder, read_record
 from flashmem_bench.errors import BenchError, UsageError
 from flashmem_bench.methods.base import BuildContext
+from flashmem_bench.models import training_threads
 from flashmem_bench.registry import get_method
 from flashmem_bench.session import Request, Session, generation_arguments
 from flashmem_bench.settings import Settings, resolve
@@ -107,14 +110,15 @@ def fit(session: Session, wanted: FitRequest, watcher: Watcher | None = None) ->
         raise BenchError(f"no example to train on: {_why_none(wanted)}")
     watcher.stage(f"training on {len(examples)} examples", 1.0)
     started = time.monotonic()
-    report = train_memory(
-        session.backbone,
-        memory,
-        examples,
-        wanted.train,
-        state_dir=state,
-        on_step=lambda step: watcher.advance(step.progress, f"step {step.step}, loss {step.loss:.4f}"),
-    )
+    with training_threads():
+        report = train_memory(
+            session.backbone,
+            memory,
+            examples,
+            wanted.train,
+            state_dir=state,
+            on_step=lambda step: watcher.advance(step.progress, f"step {step.step}, loss {step.loss:.4f}"),
+        )
     metadata = _metadata(session, wanted, report, len(examples), time.monotonic() - started)
     # Without harm and gain this is not yet finished, but it is not lost either.
     memory.save_pretrained(folder, metadata)
@@ -153,9 +157,7 @@ def _new_memory(session: Session, wanted: FitRequest) -> MemorySource:
     return new_memory(memory_config(settings), session.backbone)
 
 
-def _examples(
-    session: Session, suite: Suite, wanted: FitRequest, state: Path, watcher: Watcher
-) -> Iterator[Example]:
+def _examples(session: Session, suite: Suite, wanted: FitRequest, state: Path, watcher: Watcher) -> Iterator[Example]:
     """Yield the examples of a suite that fit into the backbone."""
     from flashmem.training import Example
 

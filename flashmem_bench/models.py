@@ -7,6 +7,8 @@ makes a mix-up harmless is the fingerprint inside every checkpoint, threshold an
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 BUNDLED = "flashmem-tiny"
 BUNDLED_SUMMARY = "bundled: small enough for a laptop, shows that the machinery works"
 DTYPES = ("float32", "bfloat16", "float16")
+# Below this many parameters one step is too small to share: more threads only wait for each other.
+_SMALL = 50_000_000
 
 
 def model_key(model: str) -> str:
@@ -58,6 +62,7 @@ def load_backbone(model: str, device: str = "auto", dtype: str = "auto") -> Back
         BenchError: Neither a folder nor a reachable hub id.
         UsageError: An unknown dtype or a device that this machine does not have.
     """
+    import torch
     from transformers.utils import logging
 
     from flashmem.backbone import Backbone
@@ -70,7 +75,27 @@ def load_backbone(model: str, device: str = "auto", dtype: str = "auto") -> Back
     chosen_dtype = pick_dtype(dtype, chosen)
     backbone = Backbone.from_pretrained(str(Path(source).expanduser()), device=chosen, dtype=chosen_dtype)
     backbone.name = model_key(model)
+    if chosen == "cpu" and "OMP_NUM_THREADS" not in os.environ and _parameters(backbone) < _SMALL:
+        torch.set_num_threads(1)
     return backbone
+
+
+def _parameters(backbone: Backbone) -> int:
+    return sum(parameter.numel() for parameter in backbone.model.parameters())
+
+
+@contextmanager
+def training_threads() -> Iterator[None]:
+    """Use every core for work in large batches, whatever decoding uses."""
+    import torch
+
+    before = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def pick_device(device: str) -> str:

@@ -1,7 +1,7 @@
 """Turning (suite, method) into a cell that can run: everything found, everything that decides an answer named.
 
-The identity of a cell holds all that can change an answer and nothing else: no path, no limit, no clock. What people want
-to know about a cell, but what cannot change an answer, goes into its description.
+The identity of a cell holds all that can change an answer and nothing else: no path, no limit, no clock. What people
+want to know about a cell, but what cannot change an answer, goes into its description.
 """
 
 from __future__ import annotations
@@ -115,9 +115,7 @@ def _checkpoint(session: Session, spec: MethodSpec, suite: Suite) -> Checkpoint 
     return find_checkpoint(request.results_dir, request.model, suite.name, spec.memory_of, named)
 
 
-def _matched(
-    settings: Settings, spec: MethodSpec, match: str, references: Mapping[str, ReferenceSample]
-) -> Settings:
+def _matched(settings: Settings, spec: MethodSpec, match: str, references: Mapping[str, ReferenceSample]) -> Settings:
     """Put the rate that matches the reference cell into the settings, so that it names the cell."""
     if spec.reference is None or match != "pooled":
         return settings
@@ -127,9 +125,7 @@ def _matched(
     return settings.model_copy(update={"trigger": settings.trigger.model_copy(update={"rate": round(rate, 9)})})
 
 
-def _reference_samples(
-    session: Session, suite: Suite, reference: CellStore | None
-) -> dict[str, ReferenceSample]:
+def _reference_samples(session: Session, suite: Suite, reference: CellStore | None) -> dict[str, ReferenceSample]:
     """Read what the samples in question did in the reference cell, in the order of the suite."""
     if reference is None:
         return {}

@@ -1,7 +1,7 @@
 """What a person sees while cells run; the runner knows only the `Progress` protocol.
 
-The bar shows samples, the running score, the time per text token and the triggers a sample. It is drawn on stderr, so that
-stdout stays for results. Nothing here changes a result.
+The bar shows samples, the running score, the time per text token and the triggers a sample. It is drawn on stderr, so
+that stdout stays for results. Nothing here changes a result.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import TaskID
     from rich.progress import Progress as RichBar
+    from rich.progress import TaskID
 
 
 class Progress(Protocol):

@@ -1,7 +1,7 @@
 """From one generation to one sample row and one text record.
 
-This is where quality and cost meet: the grade, the counts, the phase times and the trigger's moments of a sample become
-one flat dictionary with the columns of `schema.SAMPLE_COLUMNS`. Nothing is generated, graded or written here.
+This is where quality and cost meet: the grade, the counts, the phase times and the trigger's moments of a sample
+become one flat dictionary with the columns of `schema.SAMPLE_COLUMNS`. Nothing is generated, graded or written here.
 
 Invariant: every value is an int, float, str, bool or None.
 """

@@ -1,13 +1,13 @@
 """Runs the grid of suites and methods, sample by sample, so that nothing finished is ever lost.
 
-A cell is run in the fixed order of its suite's samples. Each finished sample is written before the next begins, and the
-same command continues where it stopped: finished samples are skipped, samples that ended in an error are tried again, and
-a larger `--limit` extends the cell. Batches are made of the suite's order, whatever is done already, so that a batch has
-the same members in every attempt.
+A cell is run in the fixed order of its suite's samples. Each finished sample is written before the next begins, and
+the same command continues where it stopped: finished samples are skipped, samples that ended in an error are tried
+again, and a larger `--limit` extends the cell. Batches are made of the suite's order, whatever is done already, so
+that a batch has the same members in every attempt.
 
-Time is split in two: what the clock counts (from ids on the device to the last token on the host) and `harness_ms`, the
-rest of the sample's wall time; writing a row can only be counted in the row after it. The first sample is generated once
-without being recorded, to warm up.
+Time is split in two: what the clock counts (from ids on the device to the last token on the host) and `harness_ms`,
+the rest of the sample's wall time; writing a row can only be counted in the row after it. The first sample is
+generated once without being recorded, to warm up.
 
 Ctrl-C lets the sample in progress finish; a second one does not wait.
 """
@@ -208,9 +208,7 @@ class _CellLoop:
         except Exception:  # The same error will be met again, and recorded, by the sample itself.
             _log.debug("the warm-up of %s failed", self.prepared.spec.name, exc_info=True)
 
-    def _run_group(
-        self, method: Method, clock: HostClock, group: Sequence[tuple[int, Sample]], done: set[str]
-    ) -> None:
+    def _run_group(self, method: Method, clock: HostClock, group: Sequence[tuple[int, Sample]], done: set[str]) -> None:
         started = time.perf_counter()
         stamp = datetime.now(UTC).isoformat(timespec="milliseconds")
         budget = self.prepared.context.generation["max_new_tokens"]

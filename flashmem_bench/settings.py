@@ -1,9 +1,9 @@
 """Every value that `--set key=value` can change, with its type and its range.
 
-One pydantic model holds the dotted keys; the resolved model of a cell is written into its manifest, so a result can be
-read without knowing the defaults of the day. Four layers are laid over each other, later ones win: the defaults below,
-what the suite asks for, what the user sets, and what the method fixes because it is the method. A user who sets what a
-method fixes is told so instead of getting a mislabelled result.
+One pydantic model holds the dotted keys; the resolved model of a cell is written into its manifest, so a result can
+be read without knowing the defaults of the day. Four layers are laid over each other, later ones win: the defaults
+below, what the suite asks for, what the user sets, and what the method fixes because it is the method. A user who
+sets what a method fixes is told so instead of getting a mislabelled result.
 
 Two invariants: an unknown key names its nearest neighbours, and a bad value names the allowed range.
 """
@@ -42,7 +42,8 @@ class TriggerSettings(_Group):
         Field(ge=0, allow_inf_nan=False, description="tau in nats; none = the calibrated percentile"),
     ] = None
     percentile: Annotated[
-        float, Field(ge=0, le=100, allow_inf_nan=False, description="percentile of the calibrated entropies taken as tau")
+        float,
+        Field(ge=0, le=100, allow_inf_nan=False, description="percentile of the calibrated entropies taken as tau"),
     ] = 85.0
     interval: Annotated[int, Field(ge=1, le=_MANY, description="text tokens between memories (kind every)")] = 32
     rate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="chance a step (kind random)")] = 0.05
@@ -65,8 +66,12 @@ class MemorySettings(_Group):
     feedback: Annotated[Literal["raw", "normed", "embedding"], Field(description="what is fed to the next step")] = (
         "normed"
     )
-    output_map: Annotated[Literal["linear", "gate", "identity"], Field(description="map to input embeddings")] = "linear"
-    init: Annotated[Literal["inherited", "random"], Field(description="start weights of the consolidator")] = "inherited"
+    output_map: Annotated[Literal["linear", "gate", "identity"], Field(description="map to input embeddings")] = (
+        "linear"
+    )
+    init: Annotated[Literal["inherited", "random"], Field(description="start weights of the consolidator")] = (
+        "inherited"
+    )
     encoder_layers: Annotated[
         int | None, Field(ge=1, le=256, description="layers of the separate encoder; none = all of the backbone's")
     ] = None
@@ -88,9 +93,9 @@ class MonitorSettings(_Group):
 class SamplingSettings(_Group):
     """How the next token is taken."""
 
-    logits: Annotated[
-        Literal["post", "pre"], Field(description="after the last latent, or before the injection")
-    ] = "post"
+    logits: Annotated[Literal["post", "pre"], Field(description="after the last latent, or before the injection")] = (
+        "post"
+    )
     temperature: Annotated[
         float | None, Field(ge=0, le=10, allow_inf_nan=False, description="0 = greedy; none = the suite's")
     ] = None

@@ -1,9 +1,9 @@
 """Where the calibrated threshold (tau) of a trigger is, and how it is measured.
 
-The search order: the user's own for this suite, the bundled one for this suite, then the user's and the bundled joint one.
-`tau_source` says what was found: `suite`, or `model` for one that was not measured on this suite. A file belongs to one
-backbone (by fingerprint), one kind of entropy and one monitor setting; a monitor that is not the default has its hash in
-the file name, so that an ablation cannot take another monitor's threshold.
+The search order: the user's own for this suite, the bundled one for this suite, then the user's and the bundled joint
+one. `tau_source` says what was found: `suite`, or `model` for one that was not measured on this suite. A file belongs
+to one backbone (by fingerprint), one kind of entropy and one monitor setting; a monitor that is not the default has
+its hash in the file name, so that an ablation cannot take another monitor's threshold.
 
 A suite that controls length calibrates per stratum, because raw entropy grows with the context: its file holds one
 threshold a stratum besides the pooled one, which serves strata that were not calibrated.

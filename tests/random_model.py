@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-TEMPLATE = "{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|bot|>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|bot|>{% endif %}"
+)
 
 
 def make_model(folder: Path, seed: int = 0, positions: int = 2048) -> Path:

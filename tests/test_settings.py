@@ -70,8 +70,8 @@ def test_layers_win_in_order():
 
 
 def test_what_a_method_or_checkpoint_fixes_cannot_be_set():
-    with pytest.raises(UsageError, match="fixes trigger.kind=every"):
+    with pytest.raises(UsageError, match=r"fixes trigger\.kind=every"):
         resolve({"trigger.kind": "never"}, fixed={"trigger.kind": "every"}, method="flashmem-fixed-trigger")
-    with pytest.raises(UsageError, match="checkpoint has memory.length=8"):
+    with pytest.raises(UsageError, match=r"checkpoint has memory\.length=8"):
         resolve({"memory.length": 4}, memory={"memory.length": 8})
     assert resolve({"memory.length": 8}, memory={"memory.length": 8}).memory.length == 8

@@ -1,8 +1,8 @@
 """The command line `flashmem-bench`: one file a command, each a thin layer over the modules that do the work.
 
-This package is imported for `--help`, so it imports neither torch nor transformers nor pandas; commands import what they
-need when they run. Every failure on purpose is one sentence on stderr and an exit code: 1 failed, 2 usage, 3 partial
-results, 130 interrupted. A traceback appears only with `--debug`.
+This package is imported for `--help`, so it imports neither torch nor transformers nor pandas; commands import what
+they need when they run. Every failure on purpose is one sentence on stderr and an exit code: 1 failed, 2 usage, 3
+partial results, 130 interrupted. A traceback appears only with `--debug`.
 """
 
 from __future__ import annotations

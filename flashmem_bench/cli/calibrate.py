@@ -18,7 +18,9 @@ def calibrate(
     model: o.Model = "flashmem-tiny",
     limit: o.Limit = None,
     seed: o.Seed = "0",
-    joint: Annotated[bool, typer.Option("--joint", help="Also store the mean over the suites, for other suites.")] = False,
+    joint: Annotated[
+        bool, typer.Option("--joint", help="Also store the mean over the suites, for other suites.")
+    ] = False,
     out: Annotated[
         o.Path | None, typer.Option("--out", help="Folder to write <suite>/<kind>.json into.", show_default=False)
     ] = None,
@@ -93,7 +95,9 @@ def _save(session: Session, thresholds: Thresholds, settings: Any, out: o.Path |
     from flashmem_bench.thresholds import file_name, threshold_folder
 
     name = thresholds.suite.replace("/", "--")
-    folder = out / name if out else threshold_folder(session.request.results_dir, session.request.model, thresholds.suite)
+    folder = (
+        out / name if out else threshold_folder(session.request.results_dir, session.request.model, thresholds.suite)
+    )
     path = folder / file_name(thresholds.kind, settings.monitor)
     thresholds.save(path)
     return path

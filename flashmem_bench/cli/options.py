@@ -25,24 +25,16 @@ def _option(*names: str, help: str, panel: str | None = None, **more: Any) -> An
 
 Suites = Annotated[list[str] | None, _option("--suite", "-s", help="Suite; repeat or use commas.", metavar="NAME")]
 Methods = Annotated[list[str] | None, _option("--method", "-m", help="Method; repeat or use commas.", metavar="NAME")]
-Model = Annotated[
-    str, _option("--model", help="flashmem-tiny (bundled, default), a folder, or a hub id.", metavar="M")
-]
-Limit = Annotated[
-    str | None, _option("--limit", "-n", help="First N samples; a larger N extends a cell.", metavar="N")
-]
+Model = Annotated[str, _option("--model", help="flashmem-tiny (bundled, default), a folder, or a hub id.", metavar="M")]
+Limit = Annotated[str | None, _option("--limit", "-n", help="First N samples; a larger N extends a cell.", metavar="N")]
 Seed = Annotated[str, _option("--seed", help="Seed of sampling and random controls (0).", metavar="S", panel=_RUNNING)]
 BatchSize = Annotated[str, _option("--batch-size", help="Samples at once (1).", metavar="B", panel=_RUNNING)]
 Device = Annotated[str, _option("--device", help="auto, cpu, cuda, cuda:1, mps.", metavar="D", panel=_RUNNING)]
-DType = Annotated[
-    str, _option("--dtype", help="auto, float32, bfloat16, float16.", metavar="T", panel=_RUNNING)
-]
+DType = Annotated[str, _option("--dtype", help="auto, float32, bfloat16, float16.", metavar="T", panel=_RUNNING)]
 Checkpoint = Annotated[
     str | None, _option("--checkpoint", help="Trained memory: a folder or a hub id.", metavar="C", panel=_RUNNING)
 ]
-Set = Annotated[
-    list[str] | None, _option("--set", help="A setting, key=value; repeat.", metavar="K=V", panel=_RUNNING)
-]
+Set = Annotated[list[str] | None, _option("--set", help="A setting, key=value; repeat.", metavar="K=V", panel=_RUNNING)]
 Truncate = Annotated[
     str | None, _option("--truncate", help="Cut a prompt that is too long: left or middle.", metavar="WHERE",
                         panel=_RUNNING)
@@ -57,9 +49,7 @@ SkipBadRows = Annotated[bool, _option("--skip-bad-rows", help="Go on without bro
 TrustSuite = Annotated[
     bool, _option("--trust-suite", help="Run the code that a suite file of your own names.", panel=_DATA)
 ]
-ResultsDir = Annotated[
-    Path, _option("--results-dir", help="Results folder (results).", metavar="DIR", panel=_OUTPUT)
-]
+ResultsDir = Annotated[Path, _option("--results-dir", help="Results folder (results).", metavar="DIR", panel=_OUTPUT)]
 Json = Annotated[bool, _option("--json", help="The last line of stdout is one JSON document.", panel=_OUTPUT)]
 Quiet = Annotated[bool, _option("--quiet", "-q", help="No progress and no tables.", panel=_OUTPUT)]
 Debug = Annotated[bool, _option("--debug", help="Log everything; tracebacks.", panel=_OUTPUT)]

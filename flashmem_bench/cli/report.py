@@ -16,7 +16,9 @@ def report(
     from flashmem_bench.errors import StoreError
 
     if not (results_dir / "runs").is_dir():
-        raise StoreError(f"there are no results in {results_dir}; make some with flashmem-bench run, or give --results-dir")
+        raise StoreError(
+            f"there are no results in {results_dir}; make some with flashmem-bench run, or give --results-dir"
+        )
     from flashmem_bench.report import build_report
 
     paths = build_report(results_dir)

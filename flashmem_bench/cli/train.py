@@ -20,7 +20,9 @@ def train(
     suite: o.Suites = None,
     model: o.Model = "flashmem-tiny",
     limit: o.Limit = None,
-    minutes: Annotated[str | None, typer.Option("--minutes", help="Stop after this time.", rich_help_panel=_PANEL)] = None,
+    minutes: Annotated[
+        str | None, typer.Option("--minutes", help="Stop after this time.", rich_help_panel=_PANEL)
+    ] = None,
     steps: Annotated[str | None, typer.Option("--steps", help="Optimiser steps.", rich_help_panel=_PANEL)] = None,
     epochs: Annotated[str, typer.Option("--epochs", help="Passes over the examples.", rich_help_panel=_PANEL)] = "5",
     batch_size: Annotated[str, typer.Option("--batch-size", help="Examples a step.", rich_help_panel=_PANEL)] = "64",
@@ -30,9 +32,7 @@ def train(
     ] = "prompt-end",
     targets: Annotated[
         str | None,
-        typer.Option(
-            "--targets", help="gold, or self: the backbone's own right answers.", rich_help_panel=_PANEL
-        ),
+        typer.Option("--targets", help="gold, or self: the backbone's own right answers.", rich_help_panel=_PANEL),
     ] = None,
     train_seed: Annotated[str, typer.Option("--train-seed", help="Seed.", rich_help_panel=_PANEL)] = "0",
     validation: Annotated[

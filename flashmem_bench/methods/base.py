@@ -1,12 +1,12 @@
 """What a method is to the harness: a spec that can be listed, and an object that generates.
 
-A `MethodSpec` is data that needs no torch: its name, its summary, the settings that define it, whose trained memory it
-uses and what must exist before it can run. Its `build` gets a `BuildContext` with all of that found and returns a
+A `MethodSpec` is data that needs no torch: its name, its summary, the settings that define it, whose trained memory
+it uses and what must exist before it can run. Its `build` gets a `BuildContext` with all of that found and returns a
 `Method`. Every method, latent memory or not, answers with the library's `Generation` record and is timed by the same
 clock, so that costs can be compared.
 
-A spec never holds state; a method may, but must give the same answer for the same sample and seed in any order, because
-a run that was interrupted continues in the middle.
+A spec never holds state; a method may, but must give the same answer for the same sample and seed in any order,
+because a run that was interrupted continues in the middle.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class BuildContext:
         generation: Arguments of `transformers.GenerationConfig`.
         seed: Seed of sampling.
         memory: Folder of the trained memory; None where the method has none or runs untrained.
-        thresholds: tau by stratum; the key None holds the one for every other stratum. Empty without an entropy trigger.
+        thresholds: tau by stratum; the key None serves every other stratum. Empty without an entropy trigger.
         bank: Memories of other samples, for the placebos.
         reference: What the cell that this one is matched to did, by sample id.
         match: How a random trigger is matched: within or pooled.

@@ -1,7 +1,7 @@
 """`flashmem`: the method at its operating point.
 
-A memory is made by the shared-KV consolidator and injected when the attention entropy of the newest token exceeds tau,
-at most every 32 text tokens and 8 times a sample unless the settings say otherwise (paper sections 3.1 to 3.3).
+A memory is made by the shared-KV consolidator and injected when the attention entropy of the newest token exceeds
+tau, at most every 32 text tokens and 8 times a sample unless the settings say otherwise (paper sections 3.1 to 3.3).
 """
 
 from __future__ import annotations

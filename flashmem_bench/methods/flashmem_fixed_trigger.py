@@ -1,7 +1,7 @@
 """`flashmem-fixed-trigger`: memories on a timetable, at text tokens 0, n, 2n and so on.
 
-It separates what the memories give from what their moments give. `trigger.interval` is n; cooldown and cap are those of
-`flashmem`.
+It separates what the memories give from what their moments give. `trigger.interval` is n; cooldown and cap are those
+of `flashmem`.
 """
 
 from __future__ import annotations

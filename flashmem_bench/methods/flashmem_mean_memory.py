@@ -1,7 +1,7 @@
 """`flashmem-mean-memory`: a placebo that keeps what all memories have in common.
 
-The real consolidator runs and the mean memory of the bank is injected. If it does as well as `flashmem`, a constant prompt
-of the same length would do.
+The real consolidator runs and the mean memory of the bank is injected. If it does as well as `flashmem`, a constant
+prompt of the same length would do.
 """
 
 from __future__ import annotations

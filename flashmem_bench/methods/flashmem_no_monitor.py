@@ -1,7 +1,7 @@
 """`flashmem-no-monitor`: the ablation without the cognitive monitor.
 
-Memories come at the prompt end and after every delimiter, under the same cooldown and cap as `flashmem`; the entropy is
-not computed.
+Memories come at the prompt end and after every delimiter, under the same cooldown and cap as `flashmem`; the entropy
+is not computed.
 """
 
 from __future__ import annotations

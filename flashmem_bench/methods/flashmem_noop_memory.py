@@ -1,7 +1,7 @@
 """`flashmem-noop-memory`: a placebo for the slots alone.
 
-The real consolidator runs and the embedding of a newline is injected K times. What it changes against `vanilla` is the
-effect of extra positions to attend to, without any content.
+The real consolidator runs and the embedding of a newline is injected K times. What it changes against `vanilla` is
+the effect of extra positions to attend to, without any content.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`flashmem-output-entropy`: the rival trigger that costs nothing.
 
-The entropy of the next-token distribution replaces the attention entropy; its threshold is calibrated in the same way, as
-its own percentile. Everything else is `flashmem`.
+The entropy of the next-token distribution replaces the attention entropy; its threshold is calibrated in the same
+way, as its own percentile. Everything else is `flashmem`.
 """
 
 from __future__ import annotations

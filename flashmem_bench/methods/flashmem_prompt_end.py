@@ -1,7 +1,7 @@
 """`flashmem-prompt-end`: one memory right after the prompt, for every sample.
 
-This is where memories are trained, so it is the fair upper line for a trigger: what the memory gives when it is always
-there and the entropy decides nothing.
+This is where memories are trained, so it is the fair upper line for a trigger: what the memory gives when it is
+always there and the entropy decides nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`flashmem-random-memory`: a placebo for the content, at the same moments and the same cost.
 
-The real consolidator runs and its output is thrown away; what is injected is Gaussian with the mean and covariance of real
-memories, matched in norm. If it does as well as `flashmem`, the content of the memory is not what helps.
+The real consolidator runs and its output is thrown away; what is injected is Gaussian with the mean and covariance of
+real memories, matched in norm. If it does as well as `flashmem`, the content of the memory is not what helps.
 """
 
 from __future__ import annotations

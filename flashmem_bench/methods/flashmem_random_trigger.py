@@ -1,8 +1,8 @@
 """`flashmem-random-trigger`: the same memories at random moments, matched to a `flashmem` cell.
 
 `--match within` keeps every sample's number of memories and draws their positions uniformly from the steps that the
-cooldown allows: it tests the moment. `--match pooled` fires with one rate over all samples, chosen so that the expected
-number of memories is that of the `flashmem` cell: it tests the allocation over samples as well.
+cooldown allows: it tests the moment. `--match pooled` fires with one rate over all samples, chosen so that the
+expected number of memories is that of the `flashmem` cell: it tests the allocation over samples as well.
 
 The draw depends on the seed and the sample alone, so a run that was interrupted continues with the same moments.
 """

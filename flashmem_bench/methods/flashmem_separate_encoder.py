@@ -1,8 +1,8 @@
 """`flashmem-separate-encoder`: the same consolidator over keys and values that are not shared.
 
 An auxiliary encoder, a copy of the backbone's layers with trainable LoRA, encodes the whole history again at each
-injection. What it gives beyond `flashmem` is what sharing the cache costs in quality; what it takes longer is what sharing
-saves. It has a trained memory of its own.
+injection. What it gives beyond `flashmem` is what sharing the cache costs in quality; what it takes longer is what
+sharing saves. It has a trained memory of its own.
 """
 
 from __future__ import annotations
