@@ -29,17 +29,17 @@ _BUCKETS = {
 SPLITS = tuple(_BUCKETS)
 _MAX_REDRAWS = 2000
 
-NAMES = (
+NAMES = tuple((
     "Ana Bob Carl Dan Eve Fay Gus Hal Ida Jon Kim Leo Max Ned Oda Pat Quin Ray Sam Tom Una Vic Wes Xena Yan Zoe "
     "Amy Ben Cleo Dora Ed Finn Gil Hugo Ivan Jill Kurt Lena Mia Nora Otto Pia Rosa Seth Tess Uma Vera Will"
-).split()
+).split())
 
-WORDS = (
+WORDS = tuple((
     "amber apron arrow badge basil beach bench blade bread brick brush cabin camel candle canoe cedar chain chalk "
     "cloud clover coral crane crown daisy desert eagle ember fence ferry flame flute forest fox garlic globe grape "
     "hammer harbor hazel honey ivory jacket kettle ladder lantern lemon linen maple marble meadow mirror needle "
     "olive onion otter pearl pepper pine quartz ribbon river saddle shell silver"
-).split()
+).split())
 
 
 def split_of(prompt: str) -> str:
@@ -87,14 +87,20 @@ def make_rows(suite: str, draw: Draw, split: str, n: int, seed: int, settings: d
     return [next(stream) for _ in range(n)]
 
 
-def cycle(rng: random.Random, names: int, pool: list[str] | tuple[str, ...] = tuple(NAMES)) -> dict[str, str]:
+def cycle(rng: random.Random, names: int, pool: tuple[str, ...] = NAMES) -> dict[str, str]:
     """A successor map of one random cycle through `names` people.
 
     Each person is the source of one fact and the target of one fact, so no name stands out by how often it occurs or by
     being the end of a chain: the only way to an answer is to follow the links.
     """
-    people = rng.sample(list(pool), names)
+    people = rng.sample(pool, names)
     return {a: people[(i + 1) % names] for i, a in enumerate(people)}
+
+
+def matching(rng: random.Random, names: int, pool: tuple[str, ...] = NAMES) -> dict[str, str]:
+    """A successor map whose sources and targets are different people: look-ups without a second link."""
+    people = rng.sample(pool, 2 * names)
+    return dict(zip(people[:names], people[names:], strict=True))
 
 
 def follow(links: dict[str, str], start: str, k: int) -> str:

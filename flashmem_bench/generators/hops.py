@@ -13,7 +13,7 @@ from typing import Any
 from flashmem_bench.generators.base import Row, cycle, fact_lines, follow, make_rows
 
 SUITE = "hops"
-COUNTS = {1: "one link", 2: "two links", 3: "three links", 4: "four links"}
+COUNTS = {1: "One link", 2: "Two links", 3: "Three links", 4: "Four links"}
 
 
 def draw(rng: random.Random, index: int, *, facts: int = 12, k: tuple[int, ...] = (1, 2, 3, 4)) -> Row:
@@ -29,7 +29,7 @@ def draw(rng: random.Random, index: int, *, facts: int = 12, k: tuple[int, ...] 
     links = cycle(rng, facts)
     count = k[index % len(k)]
     start = rng.choice(list(links))
-    prompt = f"Follow the links.\n{fact_lines(rng, links)}\n{start}, {COUNTS[count]}?"
+    prompt = f"Follow the links.\n{fact_lines(rng, links)}\n{COUNTS[count]}: {start}"
     answer = follow(links, start, count)
     return {"prompt": prompt, "target": answer, "answer": answer, "stratum": f"k={count}", "k": count, "facts": facts}
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from flashmem_bench.generators.base import Row, cycle, fact_lines, follow, make_rows
+from flashmem_bench.generators.base import Row, cycle, fact_lines, follow, make_rows, matching
 
 SUITE = "hops-list"
 
@@ -33,16 +33,21 @@ def draw(
     facts: int = 12,
     items: tuple[int, int] = (8, 16),
     two_link_share: float = 0.25,
+    cyclic: bool = True,
 ) -> Row:
     """One row; `items` is the inclusive range of look-ups.
 
+    With `cyclic` false no name is both a source and a target: an easier form, for training, that has no two-link look-ups.
+
     Raises:
-        ValueError: more one-link look-ups than facts.
+        ValueError: more look-ups than facts, or two-link look-ups without a cycle.
     """
     low, high = items
     if high - round(high * two_link_share) > facts or round(high * two_link_share) > facts:
         raise ValueError(f"hops-list: {high} look-ups need more than {facts} facts")
-    links = cycle(rng, facts)
+    if two_link_share and not cyclic:
+        raise ValueError("hops-list: two-link look-ups need cyclic facts")
+    links = cycle(rng, facts) if cyclic else matching(rng, facts)
     requests = _items(rng, links, rng.randint(low, high), two_link_share)
     asked = [key if k == 1 else f"{key} twice" for key, k in requests]
     values = [follow(links, key, k) for key, k in requests]

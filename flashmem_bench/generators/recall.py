@@ -52,7 +52,7 @@ def draw(rng: random.Random, index: int, *, pairs: int | tuple[int, ...] = (4, 8
     asked = rng.randrange(count)
     lines = "\n".join(f"{key} -> {value}" for key, value in zip(keys, values, strict=True))
     return {
-        "prompt": f"Recall the name.\n{lines}\n{keys[asked]}?",
+        "prompt": f"Recall the name.\n{lines}\nKey: {keys[asked]}",
         "target": values[asked],
         "answer": values[asked],
         "stratum": f"n={count}",

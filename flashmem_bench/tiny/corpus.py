@@ -1,0 +1,175 @@
+"""The training mixture: generated tasks and, when a data folder is given, the real bAbI and GSM8K train splits.
+
+A batch depends only on the seed, the step and the curriculum's state, never on what was drawn before it: training can
+stop and go on at any step. Two-link questions are in the text, so that their format is known, but their answers weigh almost
+nothing in the loss: the bundled model must stay unable to answer them, or a memory would have nothing to do.
+
+Test rows are never trained on: generated prompts carry their split in their hash, and real training prompts are checked
+against the hashes of the test prompts.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from flashmem_bench.generators import hops, hops_list, recall, wordmath
+from flashmem_bench.generators.base import row_at
+
+GSM8K_SUFFIX = '\nReason step by step, then end with "#### " and the number.'
+# Share of GSM8K train that is kept out of training: the calibration and validation split.
+GSM8K_HELD_OUT = 0.05
+# Loss weight of answers that need more than one link.
+COMPOSED_WEIGHT = 0.1
+
+
+@dataclass(frozen=True)
+class Text:
+    """One training conversation. `quiet` holds (start, end) character spans of the target that weigh `COMPOSED_WEIGHT`."""
+
+    task: str
+    prompt: str
+    target: str
+    quiet: tuple[tuple[int, int], ...] = ()
+
+
+def read_jsonl(path: Path) -> Iterator[dict]:
+    """Rows of a .jsonl or .jsonl.gz file."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)
+
+
+def babi_texts(path: Path) -> list[Text]:
+    """Every question of a bAbI file, with the statements before it one a line."""
+    texts = []
+    for row in read_jsonl(path):
+        story, said = row["story"], []
+        for kind, line, answer in zip(story["type"], story["text"], story["answer"], strict=True):
+            if kind == 0:
+                said.append(line)
+            else:
+                texts.append(Text("babi", "\n".join([*said, line]), answer))
+    return texts
+
+
+def gsm8k_texts(path: Path) -> list[Text]:
+    """Every row of a GSM8K file, calculator annotations removed."""
+    return [
+        Text("gsm8k", row["question"] + GSM8K_SUFFIX, re.sub(r"<<[^>]*>>", "", row["answer"]))
+        for row in read_jsonl(path)
+    ]
+
+
+def _find(data_dir: Path, stem: str) -> Path | None:
+    return next((p for p in (data_dir / f"{stem}.jsonl", data_dir / f"{stem}.jsonl.gz") if p.exists()), None)
+
+
+def real_texts(data_dir: Path | None) -> dict[str, list[Text]]:
+    """Training rows of bAbI and GSM8K found under `data_dir`; a file that is not there is left out."""
+    found: dict[str, list[Text]] = {}
+    if data_dir is None:
+        return found
+    babi, gsm8k = _find(data_dir, "babi/en_train"), _find(data_dir, "gsm8k/train")
+    if babi:
+        found["babi"] = babi_texts(babi)
+    if gsm8k:
+        texts = gsm8k_texts(gsm8k)
+        found["gsm8k"] = texts[: len(texts) - round(len(texts) * GSM8K_HELD_OUT)]
+    return {task: without_test_rows(texts, data_dir) for task, texts in found.items()}
+
+
+def _digest(prompt: str) -> bytes:
+    return hashlib.blake2b(prompt.encode(), digest_size=16).digest()
+
+
+def without_test_rows(texts: list[Text], data_dir: Path) -> list[Text]:
+    """`texts` less those whose prompt is also a test prompt (bAbI's own splits share a few short stories)."""
+    test: set[bytes] = set()
+    for stem, read in (("babi/en_test", babi_texts), ("gsm8k/test", gsm8k_texts)):
+        path = _find(data_dir, stem)
+        if path:
+            test.update(_digest(text.prompt) for text in read(path))
+    return [text for text in texts if _digest(text.prompt) not in test]
+
+
+@lru_cache(maxsize=8)
+def _order(task: str, seed: int, epoch: int, rows: int) -> list[int]:
+    """The order in which an epoch visits the rows."""
+    return random.Random(f"{task}/{seed}/{epoch}").sample(range(rows), rows)
+
+
+def _quiet_spans(target: str, moments: list[str]) -> tuple[tuple[int, int], ...]:
+    """Character spans of the values that follow the echo prefixes in `moments`."""
+    spans = []
+    for moment in moments:
+        start = target.index(moment) + len(moment)
+        spans.append((start, (target + "\n").index("\n", start)))
+    return tuple(spans)
+
+
+@dataclass
+class Corpus:
+    """Draws rows of the mixture.
+
+    Args:
+        data_dir: folder with `babi/` and `gsm8k/`, or None to train on generated text alone.
+        seed: of every random stream.
+    """
+
+    data_dir: Path | None = None
+    seed: int = 0
+    real: dict[str, list[Text]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.real = real_texts(self.data_dir)
+
+    def text(self, task: str, index: int, facts: int, steps: int) -> Text:
+        """Row `index` of `task`'s stream at a curriculum of `facts` facts or pairs and up to `steps` reasoning steps."""
+        if task in self.real:
+            rows = self.real[task]
+            epoch, place = divmod(index, len(rows))
+            return rows[_order(task, self.seed, epoch, len(rows))[place]]
+        return getattr(self, f"_{task.replace('-', '_')}")(index, facts, steps)
+
+    def _hops(self, index: int, facts: int, steps: int) -> Text:
+        k = 1 if index % 6 or facts < 5 else 2 + index // 6 % 3
+        facts = max(2, facts - index % 4 // 2 * (facts // 3))
+        row = row_at("hops", hops.draw, "train", index, self.seed, facts=facts, k=(k,))
+        return Text("hops", row["prompt"], row["target"], ((0, len(row["target"])),) if k > 1 else ())
+
+    def _hops_list(self, index: int, facts: int, steps: int) -> Text:
+        plain = facts < 5 or index % 3 == 0
+        cyclic = not plain or facts >= 8 or index % 2 == 0
+        high = min(16, facts if plain else facts * 4 // 3)
+        share = 0.0 if plain else 0.25
+        settings = {"facts": facts, "items": (max(2, high // 2), high), "two_link_share": share, "cyclic": cyclic}
+        row = row_at("hops-list", hops_list.draw, "train", index, self.seed, **settings)
+        return Text("hops-list", row["prompt"], row["target"], _quiet_spans(row["target"], row["moments"]))
+
+    def _recall(self, index: int, facts: int, steps: int) -> Text:
+        pairs = max(2, (facts, facts // 2, facts, 32 if facts >= 12 else facts)[index % 4])
+        row = row_at("recall", recall.draw, "train", index, self.seed, pairs=pairs)
+        return Text("recall", row["prompt"], row["target"])
+
+    def _wordmath(self, index: int, facts: int, steps: int) -> Text:
+        row = row_at("wordmath", wordmath.draw, "train", index, self.seed, steps=tuple(range(1, steps + 1)))
+        return Text("wordmath", row["prompt"], row["target"])
+
+    def tokenizer_texts(self, rows: int = 3000) -> Iterator[str]:
+        """Text to train the tokenizer on."""
+        for task in ("hops", "wordmath"):
+            for index in range(rows // 10):
+                text = self.text(task, index, facts=8, steps=3)
+                yield text.prompt + "\n" + text.target
+        for task in self.real:
+            for text in self.real[task][:: max(1, len(self.real[task]) // rows)]:
+                yield text.prompt + "\n" + text.target

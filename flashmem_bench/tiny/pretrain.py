@@ -1,0 +1,358 @@
+"""Train the bundled backbone from scratch: `python -m flashmem_bench.tiny.pretrain --minutes 15`.
+
+The recipe is a curriculum, because a mixture of all tasks from the first step learns nothing in the time that two cores have.
+Look-ups come first, growing from two facts as their loss falls; word problems join, from one step to three; bAbI and GSM8K
+join last. Earlier tasks stay in the mix. Rows of a step are sorted by length and cut into micro-batches, since padding would
+otherwise be half of the work.
+
+Training resumes by the same command after any interruption: model, optimizer, curriculum and random state are saved every
+minute, and a batch depends on nothing else. With `--steps` alone the losses are the same as without the interruption; with
+`--minutes` the schedule follows the clock, so that a slow machine still ends its curriculum.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from flashmem_bench.tiny import weights_dir
+from flashmem_bench.tiny.corpus import COMPOSED_WEIGHT, Corpus, Text
+from flashmem_bench.tiny.tokenizer import VOCAB_SIZE, build_tokenizer
+
+# Rows a step takes from each task, by stage.
+STAGES: tuple[dict[str, int], ...] = (
+    {"hops-list": 24, "hops": 28, "recall": 12},
+    {"wordmath": 40, "hops-list": 8, "hops": 12, "recall": 8},
+    {"wordmath": 20, "hops-list": 8, "hops": 8, "recall": 8, "babi": 24, "gsm8k": 6},
+)
+# Share of the budget after which a stage ends although its goal is not reached.
+STAGE_DEADLINES = (0.45, 0.65)
+MAX_FACTS, MAX_STEPS = 12, 3
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights. `context` is the longest row in tokens and becomes `trained_context`."""
+
+    layers: int = 4
+    width: int = 128
+    heads: int = 4
+    kv_heads: int = 2
+    ffn: int = 384
+    vocab_size: int = VOCAB_SIZE
+    context: int = 512
+    lr: float = 2e-3
+    matrix_lr: float = 0.02
+    warmup: int = 20
+    look_back: float = 5.0
+    decay_from: float = 0.75
+    clip: float = 1.0
+    micro_tokens: int = 6144
+    seed: int = 0
+
+
+@dataclass
+class Curriculum:
+    """What the rows look like now, and how well that goes (running loss in nats a token, by task)."""
+
+    stage: int = 0
+    facts: int = 3
+    steps: int = 1
+    since: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
+
+    def update(self, losses: dict[str, float], progress: float) -> None:
+        """Note the losses of a step, then make the rows harder where they have become easy."""
+        for task, loss in losses.items():
+            self.losses[task] = 0.9 * self.losses.get(task, loss) + 0.1 * loss
+        self.since += 1
+        if self.since < 15:
+            return
+        if self.facts < MAX_FACTS and self.losses.get("hops-list", math.inf) < 0.12:
+            self.facts, self.since = self.facts + 1, 0
+        if self.stage > 0 and self.steps < MAX_STEPS and self.losses.get("wordmath", math.inf) < 0.12:
+            self.steps, self.since = self.steps + 1, 0
+        done = self.facts >= MAX_FACTS and self.losses["hops"] < 0.15 if self.stage == 0 else self.steps >= MAX_STEPS
+        if self.stage < len(STAGE_DEADLINES) and (done and self.since > 60 or progress > STAGE_DEADLINES[self.stage]):
+            self.stage, self.since = self.stage + 1, 0
+
+
+def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """A randomly initialised Qwen2 of the recipe's size."""
+    torch.manual_seed(recipe.seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.width,
+        intermediate_size=recipe.ffn,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.kv_heads,
+        max_position_embeddings=131072,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        trained_context=recipe.context,
+    )
+    model = Qwen2ForCausalLM(config)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.1)
+    for head in range(2):
+        _look_back(model, head, head + 1, recipe.look_back)
+    return model
+
+
+@torch.no_grad()
+def _look_back(model: Qwen2ForCausalLM, head: int, offset: int, strength: float) -> None:
+    """Start a head of the first layer out as one that attends to the token `offset` places back.
+
+    Constant query and key biases become a preference for one distance once they are rotated. Look-ups are built on such heads,
+    and finding them from a random start takes longer than all the rest.
+    """
+    config, attention = model.config, model.model.layers[0].self_attn
+    size = config.hidden_size // config.num_attention_heads
+    kv_head = head * config.num_key_value_heads // config.num_attention_heads
+    angle = offset * model.model.rotary_emb.inv_freq
+    query = torch.cat([torch.cos(angle), -torch.sin(angle)])
+    key = torch.cat([torch.ones_like(angle), torch.zeros_like(angle)])
+    attention.q_proj.bias[head * size : (head + 1) * size] = strength * query
+    attention.k_proj.bias[kv_head * size : (kv_head + 1) * size] = strength * key
+
+
+@dataclass
+class Encoded:
+    """Token ids of a conversation; `weights` is aligned with the target's tokens, the end token included."""
+
+    task: str
+    ids: list[int]
+    weights: list[float]
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, text: Text) -> Encoded:
+    """Render one conversation through the chat template, with the loss weight of each target token.
+
+    A row's weights sum to the square root of its target's length, so that one-word answers are not drowned by rationales.
+    """
+    chat = [{"role": "user", "content": text.prompt}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    coded = tokenizer(text.target, add_special_tokens=False, return_offsets_mapping=True)
+    scale = (len(coded["input_ids"]) + 1) ** -0.5
+    weights = [
+        scale * (COMPOSED_WEIGHT if any(a < end and b > start for start, end in text.quiet) else 1.0)
+        for a, b in coded["offset_mapping"]
+    ]
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] + coded["input_ids"] + [tokenizer.eos_token_id]
+    return Encoded(text.task, ids, [*weights, scale])
+
+
+def step_rows(corpus: Corpus, tokenizer, recipe: Recipe, curriculum: Curriculum, step: int) -> list[Encoded]:
+    """The rows of one step, shortest first; rows beyond the context are left out."""
+    rows = []
+    for task, count in STAGES[curriculum.stage].items():
+        if task in ("babi", "gsm8k") and task not in corpus.real:
+            continue
+        for index in range(step * count, (step + 1) * count):
+            rows.append(encode(tokenizer, corpus.text(task, index, curriculum.facts, curriculum.steps)))
+    return sorted((row for row in rows if len(row.ids) <= recipe.context), key=lambda row: len(row.ids))
+
+
+def micro_batches(rows: list[Encoded], limit: int) -> Iterator[list[Encoded]]:
+    """Cut sorted rows into batches of at most `limit` padded tokens and of similar length."""
+    batch: list[Encoded] = []
+    for row in rows:
+        if batch and ((len(batch) + 1) * len(row.ids) > limit or len(row.ids) > 1.6 * len(batch[0].ids) + 8):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def batch_loss(model: Qwen2ForCausalLM, rows: list[Encoded], pad: int) -> tuple[torch.Tensor, dict[str, list[float]]]:
+    """Weighted loss summed over the target tokens of `rows`, and each task's unweighted losses of full-weight tokens.
+
+    Rows are padded on the right: under a causal mask no real token sees the padding, so no mask is needed.
+    """
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.tensor([row.ids + [pad] * (longest - len(row.ids)) for row in rows], device=model.device)
+    where = [(i, len(row.ids) - len(row.weights) + j - 1) for i, row in enumerate(rows) for j in range(len(row.weights))]
+    batch, place = torch.tensor(where, device=model.device).T
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[batch, place]
+    each = F.cross_entropy(model.lm_head(hidden).float(), ids[batch, place + 1], reduction="none")
+    weights = torch.tensor([w for row in rows for w in row.weights], device=model.device)
+    seen: dict[str, list[float]] = {}
+    flat = iter(each.detach().tolist())
+    for row in rows:
+        full = max(row.weights)
+        values = [next(flat) for _ in row.weights]
+        seen.setdefault(row.task, []).extend(v for v, w in zip(values, row.weights, strict=True) if w == full)
+    return (each * weights).sum(), seen
+
+
+@dataclass
+class Run:
+    """A training run that can be stopped and continued."""
+
+    recipe: Recipe
+    model: Qwen2ForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+    corpus: Corpus
+    total_steps: int
+    minutes: float | None = None
+    step: int = 0
+    elapsed: float = 0.0
+    curriculum: Curriculum = field(default_factory=Curriculum)
+
+    def __post_init__(self) -> None:
+        embeddings = self.model.get_input_embeddings().weight
+        matrices = [p for p in self.model.parameters() if p.ndim > 1 and p is not embeddings]
+        others = [p for p in self.model.parameters() if p.ndim <= 1 or p is embeddings]
+        self.optimizers = [
+            torch.optim.Muon(matrices, lr=self.recipe.matrix_lr, weight_decay=0.0),
+            torch.optim.AdamW(others, lr=self.recipe.lr, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that is used, by steps or by the clock, whichever is further."""
+        return max(self.step / self.total_steps, self.elapsed / (60 * self.minutes) if self.minutes else 0.0)
+
+    def rate(self) -> float:
+        """Factor on the learning rates: warm-up, plateau, then linear decay to a fiftieth."""
+        recipe = self.recipe
+        tail = max(0.0, (self.progress - recipe.decay_from) / (1 - recipe.decay_from))
+        return min(1.0, (self.step + 1) / recipe.warmup) * (1 - 0.98 * min(1.0, tail))
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step; returns the mean loss of each task."""
+        started = time.monotonic()
+        rows = step_rows(self.corpus, self.tokenizer, self.recipe, self.curriculum, self.step)
+        total = sum(sum(row.weights) for row in rows)
+        seen: dict[str, list[float]] = {}
+        for batch in micro_batches(rows, self.recipe.micro_tokens):
+            loss, values = batch_loss(self.model, batch, self.tokenizer.pad_token_id)
+            (loss / total).backward()
+            for task, some in values.items():
+                seen.setdefault(task, []).extend(some)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        for optimizer, lr in zip(self.optimizers, (self.recipe.matrix_lr, self.recipe.lr), strict=True):
+            optimizer.param_groups[0]["lr"] = lr * self.rate()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        losses = {task: sum(values) / len(values) for task, values in seen.items() if values}
+        self.step += 1
+        self.elapsed += time.monotonic() - started
+        self.curriculum.update(losses, self.progress)
+        return losses
+
+    def save(self, path: Path) -> None:
+        """Write everything needed to go on, atomically."""
+        state = {
+            "recipe": asdict(self.recipe),
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "curriculum": asdict(self.curriculum),
+            "step": self.step,
+            "elapsed": self.elapsed,
+            "rng": torch.get_rng_state(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def restore(self, path: Path) -> None:
+        """Continue from a saved state.
+
+        Raises:
+            ValueError: the state belongs to another recipe.
+        """
+        state = torch.load(path, weights_only=True)
+        if state["recipe"] != asdict(self.recipe):
+            raise ValueError(f"{path} belongs to another recipe; remove it to start afresh")
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.curriculum = Curriculum(**state["curriculum"])
+        self.step, self.elapsed = state["step"], state["elapsed"]
+        torch.set_rng_state(state["rng"])
+
+    def train(self, on_minute: Callable[[dict], None]) -> None:
+        """Train until the budget is used, calling `on_minute` about once a minute and at the end."""
+        self.model.train()
+        last = self.elapsed
+        while self.progress < 1:
+            losses = self.train_step()
+            if self.elapsed - last >= 60 or self.progress >= 1:
+                last = self.elapsed
+                on_minute({"step": self.step, "minutes": round(self.elapsed / 60, 2), **asdict(self.curriculum), "now": losses})
+
+
+def export(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a plain Hugging Face folder in bfloat16, half the size and the same answers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clone = Qwen2ForCausalLM(model.config)
+    clone.load_state_dict(model.state_dict())
+    clone.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def prepare(recipe: Recipe, data_dir: Path | None, state_dir: Path, steps: int, minutes: float | None) -> Run:
+    """A run that starts afresh, or goes on where the state in `state_dir` stops."""
+    corpus = Corpus(data_dir, recipe.seed)
+    if (state_dir / "tokenizer").exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(state_dir / "tokenizer")
+    else:
+        tokenizer = build_tokenizer(corpus.tokenizer_texts(), recipe.vocab_size)
+        tokenizer.save_pretrained(state_dir / "tokenizer")
+    run = Run(recipe, new_model(recipe, tokenizer), tokenizer, corpus, steps, minutes)
+    if (state_dir / "state.pt").exists():
+        run.restore(state_dir / "state.pt")
+    return run
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train the bundled backbone from scratch; the same command resumes.")
+    parser.add_argument("--minutes", type=float, default=None, help="time budget of all attempts together")
+    parser.add_argument("--steps", type=int, default=6000, help="step budget")
+    parser.add_argument("--out", type=Path, default=weights_dir(), help="folder for the finished model")
+    parser.add_argument("--state-dir", type=Path, default=Path("build/tiny"), help="folder for state and log")
+    parser.add_argument("--data-dir", type=Path, default=os.environ.get("FLASHMEM_DATA"), help="real bAbI and GSM8K files")
+    parser.add_argument("--device", default="cpu")
+    for name, value in asdict(Recipe()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train within the budget and export the model."""
+    args = _arguments()
+    recipe = Recipe(**{name: getattr(args, name) for name in asdict(Recipe())})
+    data_dir = Path(args.data_dir) if args.data_dir else None
+    args.state_dir.mkdir(parents=True, exist_ok=True)
+    run = prepare(recipe, data_dir, args.state_dir, args.steps, args.minutes)
+    missing = [task for task in ("babi", "gsm8k") if task not in run.corpus.real]
+    if missing:
+        print(f"training without {' and '.join(missing)}: no --data-dir with their train files")
+    run.model.to(args.device)
+
+    def note(line: dict) -> None:
+        run.save(args.state_dir / "state.pt")
+        with open(args.state_dir / "log.jsonl", "a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
+
+    run.train(note)
+    export(run.model, run.tokenizer, args.out)
+    print(f"{run.step} steps in {run.elapsed / 60:.1f} minutes; model in {args.out}")
+
+
+if __name__ == "__main__":
+    main()
