@@ -1,1 +1,64 @@
-"""Report."""
+"""Tables, figures and one self-contained page from a results folder.
+
+``build_report`` reads the cells and writes ``tables/``, ``figures/`` and ``report.html`` beside them. It needs no
+model and no accelerator, changes no result, and gives the same files for the same cells. The heavy imports wait until
+a report is built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashmem_bench.errors import StoreError
+from flashmem_bench.store import ResultStore
+
+__all__ = ["ReportPaths", "build_report"]
+
+
+@dataclass(frozen=True)
+class ReportPaths:
+    """What a report consists of.
+
+    Attributes:
+        html: the page.
+        tables: parquet and csv files.
+        figures: png and svg files.
+        warnings: what a reader must know before comparing, also on the page.
+    """
+
+    html: Path
+    tables: list[Path]
+    figures: list[Path]
+    warnings: list[str]
+
+
+def build_report(results_dir: Path) -> ReportPaths:
+    """Build the report of a results folder, replacing an older one.
+
+    Raises:
+        StoreError: the folder holds no results, cannot be written, or has another schema.
+    """
+    root = Path(results_dir)
+    nothing = f"no results in {root} yet; make some with flashmem-bench run --suite wordmath --method flashmem"
+    if not (root / "runs").is_dir():
+        raise StoreError(nothing)
+    from flashmem_bench.report.cells import load_cells
+    from flashmem_bench.report.compare import comparison_warnings
+    from flashmem_bench.report.figures import draw_all
+    from flashmem_bench.report.html import render
+    from flashmem_bench.report.tables import tables_of, write_tables
+    from flashmem_bench.report.traces import draw_traces
+
+    cells = load_cells(ResultStore(root))
+    if not cells:
+        raise StoreError(nothing)
+    tables = tables_of(cells)
+    warnings = comparison_warnings(cells)
+    drawings = [*draw_all(tables, root / "figures"), *draw_traces(cells, root / "figures")]
+    page = root / "report.html"
+    temporary = page.with_suffix(".html.tmp")
+    temporary.write_text(render(cells, tables, drawings, warnings), encoding="utf-8")
+    temporary.replace(page)
+    figures = [path for drawing in drawings for path in (drawing.svg.with_suffix(".png"), drawing.svg)]
+    return ReportPaths(page, write_tables(tables, root / "tables"), figures, warnings)

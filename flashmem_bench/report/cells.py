@@ -142,18 +142,28 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def settings_differences(cells: Sequence[Cell]) -> dict[str, str]:
-    """For each cell id the settings in which it differs from other headline cells of its suite and method."""
-    different: dict[str, str] = {}
-    for cell in cells:
-        peers = [
-            other
-            for other in cells
-            if other.is_main and cell.is_main and (other.suite, other.method) == (cell.suite, cell.method)
-        ]
+    """For each cell id the settings in which it differs from its peers.
+
+    Peers are the headline cells of the same suite and method under the same conditions; ablation points have none.
+    """
+    groups: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in (cell for cell in cells if cell.is_main):
+        groups.setdefault((cell.suite, cell.method, cell.condition), []).append(cell)
+    different = {cell.cell_id: "" for cell in cells}
+    for peers in groups.values():
         keys = sorted({key for peer in peers for key in peer.settings})
         odd = [key for key in keys if len({repr(peer.settings.get(key)) for peer in peers}) > 1]
-        different[cell.cell_id] = ", ".join(f"{key}={cell.settings.get(key)}" for key in odd)
+        for peer in peers:
+            different[peer.cell_id] = ", ".join(f"{_short_key(key)}={_shown(peer.settings.get(key))}" for key in odd)
     return different
+
+
+def _short_key(key: str) -> str:
+    return key.removeprefix("settings.")
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)
 
 
 def shared_samples(a: Cell, b: Cell) -> list[str]:

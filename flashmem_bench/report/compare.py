@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flashmem_bench import stats
+from flashmem_bench.report import wording as say
 from flashmem_bench.report.cells import FLASHMEM, PLACEBOS, VANILLA, Cell, partner, refusal, shared_samples
 from flashmem_bench.report.measures import Record, mean, score_block, use_block
 
@@ -92,9 +93,9 @@ def _cell_warnings(cell: Cell) -> list[str]:
     if cell.status == "partial":
         found.append(f"the last attempt did not finish; {len(cell.rows)} samples so far.")
     if use["error_rate"]:
-        found.append(f"{use['error_rate']:.1%} of the samples failed and have no score.")
+        found.append(f"{say.share(use['error_rate'])} of the samples failed and have no score.")
     if (use["truncated_rate"] or 0) > _MANY_TRUNCATED:
-        found.append(f"{use['truncated_rate']:.0%} of the answers were cut at the token budget.")
+        found.append(f"{say.share(use['truncated_rate'])} of the answers were cut at the token budget.")
     if score["n_scored"] < score["n"] and any(row.get("score_valid") is False for row in cell.rows):
         found.append("scores of an untrained memory, or beyond the trained context, are left out.")
     if len(attempts) > 1:

@@ -46,6 +46,7 @@ class Drawing:
         kind: score-latency, phases, ablation or entropy-trace.
         suite: name of the suite.
         svg: path of the svg; the png lies beside it.
+        subject: axis and method of an ablation sheet, else empty.
         text: what to see, in one sentence, for the caption and for readers who cannot see it.
     """
 
@@ -53,6 +54,7 @@ class Drawing:
     suite: str
     svg: Path
     text: str
+    subject: tuple[str, ...] = ()
 
 
 def draw_all(tables: dict[str, pd.DataFrame], folder: Path) -> list[Drawing]:
@@ -130,7 +132,9 @@ def phases(runs: pd.DataFrame, folder: Path, name: str) -> Drawing | None:
         axes.set_xlim(0, float(left.max()) * 1.08 or 1.0)
         axes.set_xlabel("ms per sample, mean")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
-        caption(figure, f"{shown['suite'][0]}: where the time goes", _footnote(shown), cpu_timed=_on_cpu(shown))
+        caption(
+            figure, f"{shown['suite'][0]}: where the time goes", _footnote(shown, "means"), cpu_timed=_on_cpu(shown)
+        )
         svg = save(figure, folder, f"phases-{name}")
     text = "Mean time per sample by phase. Decode is what is left after the prefill and the method's own phases."
     return Drawing("phases", str(shown["suite"][0]), svg, text)
@@ -143,24 +147,28 @@ def ablation(points: pd.DataFrame, folder: Path, name: str) -> Drawing | None:
         return None
     places, numeric = _places(points)
     axis, suite = str(points["axis"][0]), str(points["suite"][0])
-    with canvas(6.2, rows=3, sharex=True) as (figure, (score, rate, cost)):
+    with canvas(7.0, rows=4, sharex=True) as (figure, panels):
+        score, rate, cost, whole = panels
         _series(score, places, points, "score", ("score_low", "score_high"), VERMILLION, "D", "score", numeric)
         _series(rate, places, points, "trigger_rate", None, BLUE, "s", "triggers per decision step", numeric)
         _series(rate, places, points, "above_tau_rate", None, GREY, "o", "steps above the threshold", numeric)
         ends = ("decode_ms_per_token_low", "decode_ms_per_token_high")
-        _series(cost, places, points, "decode_ms_per_token", ends, GREEN, "^", "ms per token, no prefill", numeric)
-        _per_sample(cost, places, points, numeric)
-        for axes, label in ((score, "score"), (rate, "share of steps"), (cost, "ms per text token")):
+        _series(cost, places, points, "decode_ms_per_token", ends, GREEN, "^", "decode", numeric)
+        _series(whole, places, points, "e2e_ms_median", ("e2e_ms_low", "e2e_ms_high"), DARK, "v", "sample", numeric)
+        labels = ("score", "share of steps", "ms per text token,\nno prefill", "ms per sample,\nmedian")
+        for axes, label in zip(panels, labels, strict=True):
             axes.set_ylabel(label)
-            axes.set_ylim(0, _ceiling(axes))
+            axes.set_ylim(0, max(axes.get_ylim()[1] * 1.08, 1e-9))
             _mark_reference(axes, places, points, named=axes is score)
+        score.set_ylim(0, min(1.0, score.get_ylim()[1]))
+        figure.align_ylabels(panels)
         rate.legend(loc="best")
-        _value_axis(cost, places, points, numeric)
+        _value_axis(whole, places, points, numeric)
         title = f"{suite}, {points['method'][0]}: ablation of {axis}"
         caption(figure, title, _footnote(points), cpu_timed=_on_cpu(points))
         svg = save(figure, folder, f"ablation-{name}")
     text = f"Score, trigger rate and cost over {axis}; dashed: reference point; bars: 95 % intervals."
-    return Drawing("ablation", suite, svg, text)
+    return Drawing("ablation", suite, svg, text, (axis, str(points["method"][0])))
 
 
 def _points(axes: Axes, shown: pd.DataFrame, x: str, bounds: str, label: str) -> None:
@@ -190,16 +198,12 @@ def _label_column(figure: Figure, axes: Axes, shown: pd.DataFrame, x: str) -> No
     for height, (place, row) in zip(heights, order.iterrows(), strict=True):
         style = look(row["method"], int(place))
         axes.annotate(
-            _label(row),
+            "",
             (row[x], row["score"]),
-            (1.04, height),
+            (1.03, height),
             textcoords="axes fraction",
-            va="center",
-            fontsize=7.5,
-            color="black",
-            parse_math=False,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": FAINT, "lw": 0.6, "shrinkA": 11, "shrinkB": 4},
+            arrowprops={"arrowstyle": "-", "color": FAINT, "lw": 0.6, "shrinkA": 4, "shrinkB": 4},
         )
         axes.plot(
             [1.03],
@@ -210,6 +214,17 @@ def _label_column(figure: Figure, axes: Axes, shown: pd.DataFrame, x: str) -> No
             color=style.color,
             markersize=5,
             markerfacecolor="white" if style.hollow else style.color,
+        )
+        axes.annotate(
+            _label(row),
+            (1.03, height),
+            (6, 0),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            va="center",
+            fontsize=7.5,
+            parse_math=False,
+            annotation_clip=False,
         )
 
 
@@ -267,32 +282,6 @@ def _series(
     )
 
 
-def _per_sample(axes: Axes, places: Sequence[float], points: pd.DataFrame, numeric: bool) -> None:
-    """Time per sample on a second scale, which also begins at zero."""
-    other = axes.twinx()
-    other.grid(visible=False)
-    other.spines["right"].set_visible(True)
-    _series(
-        other,
-        places,
-        points,
-        "e2e_ms_median",
-        ("e2e_ms_low", "e2e_ms_high"),
-        DARK,
-        "x",
-        "ms per sample, median",
-        numeric,
-    )
-    other.set_ylabel("ms per sample")
-    other.set_ylim(0, _ceiling(other))
-    handles = [*axes.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
-    axes.legend(handles, [handle.get_label() for handle in handles], loc="best")
-
-
-def _ceiling(axes: Axes) -> float:
-    return max(axes.get_ylim()[1] * 1.08, 1e-9)
-
-
 def _mark_reference(axes: Axes, places: Sequence[float], points: pd.DataFrame, *, named: bool) -> None:
     for place in points.index[points["reference"].fillna(value=False)]:
         axes.axvline(places[place], color=GREY, linestyle="--", linewidth=0.9, zorder=1)
@@ -331,12 +320,12 @@ def _label(row: Any) -> str:
     return f"{row['method']} ({short[:28]}{'...' if len(short) > 28 else ''})"
 
 
-def _footnote(rows: pd.DataFrame) -> str:
+def _footnote(rows: pd.DataFrame, bars: str = "bars are 95 % intervals") -> str:
     first = rows.iloc[0]
     counts = sorted({int(n) for n in rows["n"]})
     size = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     conditions = f"{first['model']}, {first['device']}, {first['dtype']}, batch {first['batch_size']}"
-    return f"{conditions}; n = {size} samples; bars are 95 % intervals"
+    return f"{conditions}; n = {size} samples; {bars}"
 
 
 def _on_cpu(rows: pd.DataFrame) -> bool:

@@ -21,6 +21,7 @@ BLACK, GREY, ORANGE, SKY, GREEN = "#000000", "#7a7a7a", "#E69F00", "#56B4E9", "#
 BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 DARK, FAINT = "#4d4d4d", "#c8c8c8"
 WIDTH_INCH = 7.2
+_TITLE_LETTERS = 78
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,11 @@ def canvas(height_inch: float, rows: int = 1, columns: int = 1, **subplots: obje
 
 def caption(figure: Figure, title: str, footnote: str, *, cpu_timed: bool) -> None:
     """Set what the figure shows above it, stamped when its times are a CPU's, and the conditions below."""
-    stamp = f"  [{CPU_STAMP}]" if cpu_timed else ""
-    figure.suptitle(f"{title}{stamp}", fontsize=10, x=0.01, ha="left", fontweight="bold", parse_math=False)
+    stamp = f"[{CPU_STAMP}]" if cpu_timed else ""
+    gap = "\n" if len(title) + len(stamp) > _TITLE_LETTERS else "  "
+    figure.suptitle(
+        f"{title}{gap}{stamp}".rstrip(), fontsize=10, x=0.01, ha="left", fontweight="bold", parse_math=False
+    )
     figure.supxlabel(footnote, fontsize=7.5, x=0.01, ha="left", color=DARK, parse_math=False)
 
 

@@ -122,7 +122,7 @@ def ablation_records(cells: Sequence[Cell]) -> list[Record]:
     records = []
     for cell in cells:
         for mark in cell.ablation:
-            reference = _reference(cell, mark["axis"], cells)
+            reference = None if mark.get("reference") else _reference(cell, mark["axis"], cells)
             delta = compare(cell, reference, "ablation") if reference else {}
             records.append(
                 {

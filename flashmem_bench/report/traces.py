@@ -37,9 +37,10 @@ def pick_sample(cell: Cell) -> str | None:
     for place, row in enumerate(cell.rows):
         text = cell.texts.get(row["sample_id"], {})
         steps = len(text.get("entropies") or [])
-        if not row.get("triggers") or steps < 2 or steps > _PER_LINE * _MAX_LINES:
+        triggers = len(text.get("triggers") or [])
+        if not triggers or steps < 2 or steps > _PER_LINE * _MAX_LINES:
             continue
-        rank = (min(row["triggers"], 3), min(steps, _PER_LINE), -place)
+        rank = (min(triggers, 3), min(steps, _PER_LINE), -place)
         if best is None or rank > best:
             best, chosen = rank, row["sample_id"]
     return chosen
@@ -57,7 +58,7 @@ def draw_trace(cell: Cell, sample_id: str, folder: Path) -> Drawing:
             _panel(axes, part, entropies, tokens, fired, row.get("threshold"))
             axes.set_ylim(0, ceiling or 1.0)
         panels[-1].set_xlabel("token chosen at this step")
-        panels[0].legend(loc="upper right", ncols=3)
+        panels[0].legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=3)
         score = "no score" if row.get("score") is None else f"score {row['score']:g}"
         note = f"{row.get('model')}; sample {sample_id}, {score}; picked for triggers and length, not score"
         caption(figure, f"{cell.suite}: attention entropy of one answer of {cell.method}", note, cpu_timed=False)
