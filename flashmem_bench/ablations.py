@@ -7,8 +7,8 @@ run again, it only gets the mark of the axis in its description.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from flashmem_bench.errors import UnknownNameError, UsageError
@@ -28,6 +28,7 @@ class Axis:
         values: Default values, as text.
         reference: The value that the others are compared with.
         percentiles: `p85` stands for a percentile of the calibrated entropies, a plain number for an absolute value.
+        also: Settings of every point, the reference included, without which the axis would have no effect.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Axis:
     values: tuple[str, ...]
     reference: str
     percentiles: bool = False
+    also: Mapping[str, Any] = field(default_factory=dict)
 
 
 AXES: tuple[Axis, ...] = (
@@ -49,10 +51,12 @@ AXES: tuple[Axis, ...] = (
     ),
     Axis(
         "trigger-interval",
-        "n of a memory every n text tokens",
+        "n of a memory every n text tokens, without a cooldown",
         "trigger.interval",
         ("8", "16", "32", "64", "128"),
         "32",
+        # The cooldown of 32 would turn every shorter interval into 32.
+        also={"trigger.cooldown": 0},
     ),
     Axis("cooldown", "text tokens without a memory after one", "trigger.cooldown", ("0", "8", "16", "32", "64"), "32"),
     Axis(
@@ -105,7 +109,7 @@ def _point(axis: Axis, text: str) -> Point:
         settings = {axis.key: check_value(axis.key, text)}
     if axis.percentiles and settings.get(axis.key, 0) is None:
         raise UsageError(f"a value of {axis.name} is a percentile such as p85 or a number of nats, not {text!r}")
-    return Point(text.lower(), settings, settings == _reference_settings(axis))
+    return Point(text.lower(), {**axis.also, **settings}, settings == _reference_settings(axis))
 
 
 def _percentile(axis: Axis, text: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ want to know about a cell, but what cannot change an answer, goes into its descr
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,15 @@ from flashmem_bench.schema import SCHEMA_VERSION
 from flashmem_bench.session import Session, generation_arguments
 from flashmem_bench.settings import Settings, resolve
 from flashmem_bench.store import cell_id
-from flashmem_bench.thresholds import FoundThresholds, calibrate_suite, file_name, find_thresholds, threshold_folder
+from flashmem_bench.suites import find_suite
+from flashmem_bench.thresholds import (
+    FoundThresholds,
+    calibrate_suite,
+    file_name,
+    find_thresholds,
+    threshold_folder,
+    threshold_path,
+)
 
 if TYPE_CHECKING:
     from flashmem_bench.store import CellStore
@@ -72,9 +80,9 @@ def prepare(session: Session, suite_name: str, method: str, reference: CellStore
         UsageError: Settings that contradict the method or its checkpoint.
     """
     request, spec, suite = session.request, get_method(method), session.suite(suite_name)
-    checkpoint = _checkpoint(session, spec, suite)
+    checkpoint = _checkpoint(session, spec, suite.name)
     settings = resolve(
-        session.method_settings,
+        accepted_settings(session, spec),
         suite=suite.memory_defaults,
         fixed=spec.fixed,
         method=method,
@@ -107,12 +115,43 @@ def _untrained(spec: MethodSpec, checkpoint: Checkpoint | None) -> bool:
     return spec.memory_of is not None and checkpoint is None
 
 
-def _checkpoint(session: Session, spec: MethodSpec, suite: Suite) -> Checkpoint | None:
+def preflight(session: Session, suites: Sequence[str], specs: Sequence[MethodSpec]) -> list[str]:
+    """Find what would stop the grid before anything heavy is loaded; returns what the user should know.
+
+    Raises:
+        UsageError: A setting that none of the methods takes.
+        MissingCheckpointError: A memory or a threshold that is not there.
+    """
+    request, notes = session.request, []
+    for spec in specs:
+        settings = resolve(accepted_settings(session, spec), fixed=spec.fixed, method=spec.name)
+        kept = [
+            f"{key}={value}" for key, value in spec.fixed.items() if session.method_settings.get(key, value) != value
+        ]
+        notes += [f"{spec.name} keeps {text}, which defines it" for text in kept]
+        for name in suites:
+            suite = find_suite(name).name
+            _checkpoint(session, spec, suite)
+            kind = spec.threshold_kind(settings)
+            if kind is not None and not request.calibrate_missing:
+                threshold_path(request.results_dir, request.model, suite, kind, settings)
+    return notes
+
+
+def accepted_settings(session: Session, spec: MethodSpec) -> dict[str, Any]:
+    """Return the user's settings for a method; in a grid of several, what a method fixes is left to the others."""
+    values = session.method_settings
+    if len(session.request.methods) == 1:
+        return values
+    return {key: value for key, value in values.items() if key not in spec.fixed}
+
+
+def _checkpoint(session: Session, spec: MethodSpec, suite: str) -> Checkpoint | None:
     request = session.request
     named = request.checkpoint or session.method_settings.get("memory.checkpoint")
     if spec.memory_of is None or named == UNTRAINED:
         return None
-    return find_checkpoint(request.results_dir, request.model, suite.name, spec.memory_of, named)
+    return find_checkpoint(request.results_dir, request.model, suite, spec.memory_of, named)
 
 
 def _matched(settings: Settings, spec: MethodSpec, match: str, references: Mapping[str, ReferenceSample]) -> Settings:

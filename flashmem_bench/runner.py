@@ -1,12 +1,12 @@
 """Runs the grid of suites and methods, sample by sample, so that nothing finished is ever lost.
 
-A cell is run in the fixed order of its suite's samples. Each finished sample is written before the next begins, and
+A cell is run in the fixed order of its suite's samples. Each finished sample is written while the next one runs, and
 the same command continues where it stopped: finished samples are skipped, samples that ended in an error are tried
 again, and a larger `--limit` extends the cell. Batches are made of the suite's order, whatever is done already, so
 that a batch has the same members in every attempt.
 
 Time is split in two: what the clock counts (from ids on the device to the last token on the host) and `harness_ms`,
-the rest of the sample's wall time; writing a row can only be counted in the row after it. The first sample is
+the rest of the sample's wall time; waiting for a row's write can only be counted in the row after it. The first sample is
 generated once without being recorded, to warm up.
 
 Ctrl-C lets the sample in progress finish; a second one does not wait.
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from flashmem.errors import FlashMemError
 from flashmem_bench.clock import HostClock, clock_for
 from flashmem_bench.equality import why_equal
-from flashmem_bench.prepare import Prepared, prepare
+from flashmem_bench.prepare import Prepared, preflight, prepare
 from flashmem_bench.progress import Progress, Silent
 from flashmem_bench.registry import get_methods
 from flashmem_bench.rows import (
@@ -41,6 +41,7 @@ from flashmem_bench.rows import (
     timing_columns,
 )
 from flashmem_bench.session import Request, Session
+from flashmem_bench.writer import RowWriter
 
 if TYPE_CHECKING:
     from flashmem.backbone import Backbone
@@ -97,6 +98,9 @@ def run_grid(
     progress = progress or Silent()
     specs = get_methods(request.methods)
     _ = session.store  # An unwritable folder is found before a model is loaded.
+    referred = get_methods(spec.reference for spec in specs if spec.reference)
+    for note in preflight(session, request.suites, [*specs, *referred]):
+        progress.note(note)
     results: dict[tuple[str, str], CellResult] = {}
     with interruptible() as stop:
         for suite in dict.fromkeys(request.suites):
@@ -170,6 +174,7 @@ class _CellLoop:
         self.total = min(session.request.limit or len(self.samples), len(self.samples))
         self.finished, self.attempt = 0, 0
         self._write_ms = 0.0
+        self._writer: RowWriter
 
     @property
     def backbone(self) -> Backbone:
@@ -189,11 +194,13 @@ class _CellLoop:
         self._warm_up(method, pending[0][0][1])
         self.attempt = self.cell.begin_attempt(_environment(self.session))
         try:
-            for batch in pending:
-                for group in _by_key(method, batch):
-                    self._run_group(method, clock, group, done)
-                if self.stop.asked:
-                    raise Interrupted
+            with RowWriter(self.cell) as writer:
+                self._writer = writer
+                for batch in pending:
+                    for group in _by_key(method, batch):
+                        self._run_group(method, clock, group, done)
+                    if self.stop.asked:
+                        raise Interrupted
         except BaseException:
             self.cell.finish(self._summary("partial"))
             raise
@@ -241,7 +248,7 @@ class _CellLoop:
 
     def _store(self, row: dict[str, Any], text: dict[str, Any]) -> None:
         before = time.perf_counter()
-        self.cell.append(row, text)
+        self._writer.put(row, text)
         self.finished += 1
         self.progress.advance(row)
         self._write_ms = (time.perf_counter() - before) * 1e3

@@ -78,12 +78,13 @@ class Session:
     Args:
         request: What was asked for.
         backbone: A backbone that is already loaded; by default the request's model is loaded when first needed.
+        suites: Suites that are already loaded, by name.
     """
 
-    def __init__(self, request: Request, backbone: Backbone | None = None):
+    def __init__(self, request: Request, backbone: Backbone | None = None, suites: Mapping[str, Suite] | None = None):
         self.request = request
         self._backbone = backbone
-        self._suites: dict[str, Suite] = {}
+        self._suites: dict[str, Suite] = dict(suites or {})
 
     @cached_property
     def store(self) -> ResultStore:

@@ -126,21 +126,29 @@ def find_thresholds(
         CheckpointError: The file that comes first in the search order belongs to another backbone.
         MissingCheckpointError: Nothing was found; the message has the command that makes one.
     """
-    name = file_name(kind, settings.monitor)
+    path = threshold_path(results, model, suite, kind, settings)
+    found = Thresholds.load(path)
+    if found.fingerprint != fingerprint:
+        raise CheckpointError(
+            f"the threshold {path} was calibrated for another backbone ({found.fingerprint}, this one is "
+            f"{fingerprint}); calibrate again with {calibrate_command(results, model, suite, settings)}"
+        )
+    return FoundThresholds(found, "suite" if found.suite == suite else "model", path)
+
+
+def threshold_path(results: Path, model: str, suite: str, kind: str, settings: Settings) -> Path:
+    """Return the file that comes first in the search order, without reading it.
+
+    Raises:
+        MissingCheckpointError: There is none; the message has the command that makes one.
+    """
     for folder in _folders(results, model, suite):
-        path = folder / name
-        if not path.exists():
-            continue
-        found = Thresholds.load(path)
-        if found.fingerprint != fingerprint:
-            raise CheckpointError(
-                f"the threshold {path} was calibrated for another backbone ({found.fingerprint}, this one is "
-                f"{fingerprint}); calibrate again with {calibrate_command(results, model, suite, settings)}"
-            )
-        return FoundThresholds(found, "suite" if found.suite == suite else "model", path)
+        path = folder / file_name(kind, settings.monitor)
+        if path.exists():
+            return path
     raise MissingCheckpointError(
-        f"no calibrated {kind} threshold for suite {suite} on {model} under these monitor settings; make one with "
-        f"{calibrate_command(results, model, suite, settings)}, or set trigger.threshold"
+        f"no calibrated {kind} threshold for suite {suite} on {model} under these monitor settings; make one "
+        f"with {calibrate_command(results, model, suite, settings)}, or set trigger.threshold"
     )
 
 

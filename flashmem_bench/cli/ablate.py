@@ -138,7 +138,6 @@ def cost_sentence(request: Request, axis: Axis, wanted: list[Point]) -> str:
 
 
 def _show(request: Request, axis: Axis, results: list[CellResult]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from flashmem_bench.report.tables import build_tables
@@ -146,7 +145,7 @@ def _show(request: Request, axis: Axis, results: list[CellResult]) -> None:
 
     sheet = build_tables(ResultStore(request.results_dir), suites={result.suite for result in results})["ablations"]
     sheet = sheet[(sheet["axis"] == axis.name) & sheet["cell"].isin({result.cell for result in results})]
-    console = Console()
+    console = o.console()
     table = Table(title=f"{axis.name} ({axis.key})")
     for heading in ("suite", "method", "value", "n", "score", "95 %", "against reference", "trigger rate", "tau",
                     "ms/token"):  # fmt: skip

@@ -39,7 +39,6 @@ def show_rows(rows: list[dict[str, Any]], *, json: bool) -> int:
     if json:
         o.emit_json(rows)
         return 0
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -47,7 +46,7 @@ def show_rows(rows: list[dict[str, Any]], *, json: bool) -> int:
         table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(*("-" if value is None else str(value) for value in row.values()))
-    Console().print(table)
+    o.console().print(table)
     return 0
 
 

@@ -117,6 +117,14 @@ def emit_json(document: Any) -> None:
     print(json.dumps(document, ensure_ascii=False, allow_nan=False), flush=True)
 
 
+def console() -> Any:
+    """Return the rich console of stdout; a file or pipe is as wide as a table needs."""
+    from rich.console import Console
+
+    wide = Console()
+    return wide if wide.is_terminal else Console(width=160)
+
+
 def say(text: str, quiet: bool = False) -> None:
     """Print a sentence on stderr."""
     if not quiet:

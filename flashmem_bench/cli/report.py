@@ -38,11 +38,9 @@ def _plain(value: object) -> object:
 
 
 def _show(results_dir: o.Path) -> None:
-    from rich.console import Console
-
     from flashmem_bench.report.console import runs_table
     from flashmem_bench.report.tables import build_tables
     from flashmem_bench.store import ResultStore
 
     runs = build_tables(ResultStore(results_dir))["runs"]
-    Console().print(runs_table(runs[runs["role"] == "main"]))
+    o.console().print(runs_table(runs[runs["role"] == "main"]))

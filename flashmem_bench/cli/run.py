@@ -95,13 +95,11 @@ def conclude(request: Any, results: list[CellResult], *, json: bool, quiet: bool
 
 def show(request: Any, results: list[CellResult]) -> None:
     """Print the table of the cells of this command."""
-    from rich.console import Console
-
     from flashmem_bench.report.console import runs_table
     from flashmem_bench.report.tables import build_tables
     from flashmem_bench.store import ResultStore
 
-    console = Console()
+    console = o.console()
     ours = {result.cell for result in results}
     tables = build_tables(ResultStore(request.results_dir))
     runs = tables["runs"]
