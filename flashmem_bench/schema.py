@@ -204,7 +204,7 @@ _SCORE_BLOCK: tuple[Column, ...] = (
         "string",
         "Method of the interval.",
         "",
-        "wilson when every score is 0 or 1, else percentile bootstrap, 10,000 resamples, fixed seed",
+        "wilson when all scores are 0 or 1, or all equal; else percentile bootstrap, 10,000 resamples, fixed seed",
     ),
 )
 
@@ -280,7 +280,7 @@ RUN_COLUMNS: tuple[Column, ...] = (
     _EXEC,
     _c("role", "string", "main: in the headline tables; ablation: only on its axis' sheet."),
     _c("settings", "string", "Settings in which cells of the same suite and method differ."),
-    _c("status", "string", "complete, or partial when the last attempt did not finish."),
+    _c("status", "string", "complete, or partial when the last attempt was stopped or samples failed."),
     *_SCORE_BLOCK,
     _c(
         "delta_vanilla",
@@ -446,8 +446,9 @@ LATENCY_COLUMNS: tuple[Column, ...] = (
 ABLATION_COLUMNS: tuple[Column, ...] = (
     _c("axis", "string", "Name of the ablation axis."),
     _c("value", "string", "Setting on this axis."),
-    _c("value_number", "float", "The setting as a number, null when it is none."),
+    _c("value_number", "float", "The setting as a number (85 for p85), null when it is none."),
     _c("reference", "bool", "The point that the other values are compared with."),
+    _c("reference_cell", "string", "Cell of the reference point that this point belongs to."),
     _CELL,
     _SUITE,
     _METHOD,

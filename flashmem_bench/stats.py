@@ -82,10 +82,12 @@ def mean_interval(
 
 
 def score_interval(scores: ArrayLike, *, seed: int = 0, confidence: float = 0.95) -> tuple[Interval, str]:
-    """Mean score with its interval and the name of the method, ``wilson`` or ``bootstrap``."""
+    """Mean of scores in [0, 1] with its interval and the name of the method, ``wilson`` or ``bootstrap``."""
     data = np.asarray(scores, dtype=np.float64)
     if np.isin(data, (0.0, 1.0)).all():
         return wilson_interval(int(data.sum()), data.size, confidence), "wilson"
+    if (data == data[0]).all():
+        return _constant_interval(data, 0.0, 1.0, confidence), "wilson"
     return mean_interval(data, seed=seed, confidence=confidence), "bootstrap"
 
 
@@ -150,8 +152,11 @@ def paired_bootstrap(
 ) -> Interval:
     """Mean of ``a - b`` over pairs with a percentile bootstrap interval.
 
+    Where every pair has the same difference a bootstrap would claim certainty; the interval then allows for the
+    share of unlike samples that n like ones cannot rule out.
+
     Args:
-        a: [n] scores of one method.
+        a: [n] scores of one method, in [0, 1].
         b: [n] scores of the other on the same samples, in the same order.
         seed: seed of the resampling.
         resamples: number of replicates.
@@ -160,7 +165,11 @@ def paired_bootstrap(
     Raises:
         ValueError: the lengths differ.
     """
-    return mean_interval(_pairs(a, b)[0] - _pairs(a, b)[1], seed=seed, resamples=resamples, confidence=confidence)
+    first, second = _pairs(a, b)
+    differences = first - second
+    if differences.size and (differences == differences[0]).all():
+        return _constant_interval(differences, -1.0, 1.0, confidence)
+    return mean_interval(differences, seed=seed, resamples=resamples, confidence=confidence)
 
 
 def mcnemar_exact(fixed: int, broken: int) -> float:
@@ -241,6 +250,18 @@ def _pairs(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.
     if first.shape != second.shape:
         raise ValueError(f"pairs need equal lengths, not {first.size} and {second.size}")
     return first, second
+
+
+def _constant_interval(data: NDArray[np.float64], least: float, most: float, confidence: float) -> Interval:
+    """Interval of the mean of equal values in [least, most]: the Wilson bound on the share that may be unlike them.
+
+    For zeros and ones it is the Wilson interval itself.
+    """
+    value = float(data[0])
+    if not least <= value <= most:
+        return Interval(value, math.nan, math.nan)
+    unlike = wilson_interval(0, data.size, confidence).high
+    return Interval(value, value - (value - least) * unlike, value + (most - value) * unlike)
 
 
 def _percentile_interval(estimate: float, replicates: NDArray[np.float64], confidence: float) -> Interval:

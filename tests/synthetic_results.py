@@ -53,13 +53,15 @@ def add_cell(
     settings: dict[str, Any] | None = None,
     ablation: list[dict[str, Any]] | None = None,
     chance: float | None = None,
+    triggers: float | None = None,
     finish: bool = True,
     text: str | None = None,
     **changes: Any,
 ) -> CellStore:
     """Write one cell whose rows depend only on the arguments."""
-    probability, triggers, factor = METHODS.get(method, (0.5, 1.0, 1.3))
+    probability, usual, factor = METHODS.get(method, (0.5, 1.0, 1.3))
     probability = probability if chance is None else chance
+    triggers = usual if triggers is None else triggers
     identity = {
         "suite": suite,
         "method": method,
@@ -189,5 +191,5 @@ def add_threshold_axis(store: ResultStore, suite: str = "wordmath", n: int = 60)
             ablation=[mark],
             chance=chance,
             threshold=value,
-            triggers=max(0, round(6 - 1.5 * value)),
+            triggers=max(0.0, 4.0 - value),
         )

@@ -60,6 +60,15 @@ def test_one_value_has_no_interval() -> None:
         assert not interval.excludes(0)
 
 
+@pytest.mark.parametrize("n", [1, 3, 40])
+def test_equal_values_claim_no_certainty(n: int) -> None:
+    unlike = stats.wilson_interval(0, n).high
+    assert stats.paired_bootstrap([1.0] * n, [1.0] * n) == pytest.approx((0, -unlike, unlike))
+    assert stats.paired_bootstrap([1] * n, [0] * n) == pytest.approx((1, 1 - 2 * unlike, 1))
+    assert stats.score_interval([0.25] * n)[0] == pytest.approx((0.25, 0.25 * (1 - unlike), 0.25 + 0.75 * unlike))
+    assert math.isnan(stats.score_interval([30.0] * n)[0].low)
+
+
 def test_bootstrap_interval_agrees_with_scipy() -> None:
     data = np.random.default_rng(0).gamma(2.0, size=80)
     ours = stats.mean_interval(data, seed=3)

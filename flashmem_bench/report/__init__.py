@@ -43,6 +43,7 @@ def build_report(results_dir: Path) -> ReportPaths:
     nothing = f"no results in {root} yet; make some with flashmem-bench run --suite wordmath --method flashmem"
     if not (root / "runs").is_dir():
         raise StoreError(nothing)
+    from flashmem_bench.latency import read_rows
     from flashmem_bench.report.cells import load_cells
     from flashmem_bench.report.compare import comparison_warnings
     from flashmem_bench.report.figures import draw_all
@@ -53,7 +54,7 @@ def build_report(results_dir: Path) -> ReportPaths:
     cells = load_cells(ResultStore(root))
     if not cells:
         raise StoreError(nothing)
-    tables = tables_of(cells)
+    tables = tables_of(cells, read_rows(root))
     warnings = comparison_warnings(cells)
     drawings = [*draw_all(tables, root / "figures"), *draw_traces(cells, root / "figures")]
     page = root / "report.html"

@@ -28,6 +28,9 @@ PLACEBOS = (
     "flashmem-noop-memory",
 )
 CONDITIONS = ("model", "device", "dtype", "batch_size", "exec")
+_SHOWN_LETTERS = 12
+# Parts of an identity that decide what was asked and how much could be answered.
+_SAME_QUESTION = ("suite_hash", "split", "template", "truncate", "generation.")
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,16 @@ class Cell:
 
     @property
     def status(self) -> str:
-        """``complete``, or ``partial`` when the last attempt did not come to its end."""
+        """``complete``, or ``partial`` when the last attempt was stopped or some samples failed."""
+        return "partial" if self.stopped or self.summary.get("status") == "partial" else "complete"
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the last attempt was killed or interrupted before its last sample."""
         attempts = self.manifest.get("attempts") or []
-        return "complete" if attempts and "finished_at" in attempts[-1] else "partial"
+        if not attempts or "finished_at" not in attempts[-1]:
+            return True
+        return self.summary.get("status") == "partial" and not self.summary.get("errors")
 
     @cached_property
     def condition(self) -> tuple[Any, ...]:
@@ -163,7 +173,10 @@ def _short_key(key: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    return "none" if value is None else str(value)
+    if value is None:
+        return "none"
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= _SHOWN_LETTERS else f"{text[:_SHOWN_LETTERS]}..."
 
 
 def shared_samples(a: Cell, b: Cell) -> list[str]:
@@ -178,6 +191,9 @@ def refusal(a: Cell, b: Cell) -> str | None:
     shared = shared_samples(a, b)
     if not shared:
         return "no sample in common"
+    for key in sorted({*a.settings} & {*b.settings}):
+        if key.startswith(_SAME_QUESTION) and a.settings[key] != b.settings[key]:
+            return f"different {key}: {_shown(a.settings[key])} against {_shown(b.settings[key])}"
     odd = sum(a.by_sample[name].get("prompt_sha") != b.by_sample[name].get("prompt_sha") for name in shared)
     if odd:
         return f"{odd} of {len(shared)} common samples have different prompts"
@@ -195,10 +211,11 @@ def partner(cell: Cell, method: str, cells: Iterable[Cell]) -> Cell | None:
         for other in cells
         if other.suite == cell.suite and other.method == method and other.is_main and refusal(cell, other) is None
     ]
-    return max(candidates, key=lambda other: _closeness(cell, other), default=None)
+    return max(candidates, key=lambda other: closeness(cell, other), default=None)
 
 
-def _closeness(a: Cell, b: Cell) -> tuple[bool, int, int]:
+def closeness(a: Cell, b: Cell) -> tuple[bool, int, int]:
+    """How well two cells go together: same seed, equal settings, shared samples."""
     equal = sum(b.settings.get(key) == value for key, value in a.settings.items())
     return a.rows[0].get("seed") == b.rows[0].get("seed"), equal, len(shared_samples(a, b))
 

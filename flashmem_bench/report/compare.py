@@ -64,8 +64,23 @@ def comparison_warnings(cells: Sequence[Cell]) -> list[str]:
                 f"{suite}: cells ran under different conditions and are never compared across them: {shown}."
             )
         warnings += [sentence for cell in main for sentence in _pair_warnings(cell, main)]
-        warnings += [f"{suite}, {cell.method}: {sentence}" for cell in main for sentence in _cell_warnings(cell)]
+        warnings += _grouped(suite, main)
     return warnings
+
+
+def _grouped(suite: str, main: Sequence[Cell]) -> list[str]:
+    """The warnings of single cells, one sentence for all methods that it holds for."""
+    methods: dict[str, list[str]] = {}
+    for cell in main:
+        for sentence in _cell_warnings(cell):
+            names = methods.setdefault(sentence, [])
+            if cell.method not in names:
+                names.append(cell.method)
+    everyone = {cell.method for cell in main}
+    return [
+        f"{suite}, {'every method' if len(names) == len(everyone) > 1 else ', '.join(names)}: {sentence}"
+        for sentence, names in methods.items()
+    ]
 
 
 def _pair_warnings(cell: Cell, main: Sequence[Cell]) -> list[str]:
@@ -90,8 +105,8 @@ def _cell_warnings(cell: Cell) -> list[str]:
     use, score = use_block(cell.rows), score_block(cell.rows)
     attempts = {row.get("attempt") for row in cell.rows}
     found = []
-    if cell.status == "partial":
-        found.append(f"the last attempt did not finish; {len(cell.rows)} samples so far.")
+    if cell.stopped:
+        found.append(f"the last attempt was stopped; {len(cell.rows)} samples so far.")
     if use["error_rate"]:
         found.append(f"{say.share(use['error_rate'])} of the samples failed and have no score.")
     if (use["truncated_rate"] or 0) > _MANY_TRUNCATED:

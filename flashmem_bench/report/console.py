@@ -14,14 +14,16 @@ from rich.table import Table
 from rich.text import Text
 
 from flashmem_bench.report import wording as say
+from flashmem_bench.report.cells import CONDITIONS
 
 if TYPE_CHECKING:
     import pandas as pd
 
 CPU_STAMP = "CPU timing, not comparable with GPU"
 _GAP = 2
+_NAME_WIDTH = 26
 _DROP_RUNS = ("no answer", "cut", "lat.", "time", "vs vanilla")
-_DROP_ABLATION = ("suite", "trig. rate", "ms/sample")
+_DROP_ABLATION = ("ms/sample", "trig. rate")
 
 
 def runs_table(runs: pd.DataFrame, title: str = "Results", width: int | None = None) -> Table:
@@ -34,14 +36,17 @@ def runs_table(runs: pd.DataFrame, title: str = "Results", width: int | None = N
     """
     main = runs[runs["role"] == "main"]
     lines: list[dict[str, str]] = []
-    for suite, rows in main.groupby("suite", sort=False):
-        lines.append({"method": str(suite)})
-        lines += [_run_line(row) for row in rows.to_dict("records")]
+    for suite, here in main.groupby("suite", sort=False):
+        parts = [rows for _, rows in here.groupby(list(CONDITIONS), sort=True, dropna=False)]
+        for rows in parts:
+            where = f" ({', '.join(str(rows[name].iloc[0]) for name in CONDITIONS)})" if len(parts) > 1 else ""
+            lines.append({"method": f"{suite}{where}"})
+            lines += [_run_line(row) for row in rows.to_dict("records")]
     caption = (
         "score %: mean, 95 % interval; vs vanilla: points, paired 95 % interval; trig., lat.: triggers and latents a "
         "sample; ms/tok with prefill; time: against vanilla; cut: at the token budget"
     )
-    return _table(_stamped(title, main), caption, lines, ("method",), _DROP_RUNS, width)
+    return _table(_stamped(title, main), caption, lines, _DROP_RUNS, width)
 
 
 def ablation_table(ablations: pd.DataFrame, title: str = "Ablation", width: int | None = None) -> Table:
@@ -52,9 +57,13 @@ def ablation_table(ablations: pd.DataFrame, title: str = "Ablation", width: int 
         title: what stands above it.
         width: columns of the terminal; None keeps every column.
     """
-    lines = [_ablation_line(row) for row in ablations.to_dict("records")]
+    lines: list[dict[str, str]] = []
+    sheets = ablations.groupby(["axis", "suite", "method", "reference_cell"], sort=False, dropna=False)
+    for (axis, suite, method, _), rows in sheets:
+        lines.append({"value": f"{axis}: {suite}, {method}"})
+        lines += [_ablation_line(row) for row in rows.to_dict("records")]
     caption = "* reference point; score %: mean, 95 % interval; vs reference: points, paired 95 % interval"
-    return _table(_stamped(title, ablations), caption, lines, ("axis", "suite", "value"), _DROP_ABLATION, width)
+    return _table(_stamped(title, ablations), caption, lines, _DROP_ABLATION, width)
 
 
 def _run_line(row: dict[str, Any]) -> dict[str, str]:
@@ -75,9 +84,7 @@ def _run_line(row: dict[str, Any]) -> dict[str, str]:
 
 def _ablation_line(row: dict[str, Any]) -> dict[str, str]:
     return {
-        "axis": row["axis"],
-        "suite": row["suite"],
-        "value": f"{row['value']} *" if row["reference"] else str(row["value"]),
+        "value": f" {row['value']} *" if row["reference"] else f" {row['value']}",
         "n": say.whole(row["n"]),
         "score %": say.percent_interval(row["score"], row["score_low"], row["score_high"]),
         "vs reference": say.points(row["delta_reference"], row["delta_low"], row["delta_high"]),
@@ -95,15 +102,14 @@ def _table(
     title: str,
     caption: str,
     lines: Sequence[dict[str, str]],
-    names: Sequence[str],
     expendable: Sequence[str],
     width: int | None,
 ) -> Table:
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
     headings = _fitting(lines, expendable, width)
-    for heading in headings:
-        if heading in names:
-            table.add_column(heading, overflow="fold")
+    for place, heading in enumerate(headings):
+        if place == 0:
+            table.add_column(heading, overflow="fold", min_width=_NAME_WIDTH)
         else:
             table.add_column(heading, justify="right", no_wrap=True)
     for line in lines:
@@ -117,6 +123,8 @@ def _fitting(lines: Sequence[dict[str, str]], expendable: Sequence[str], width: 
     """The headings that fit, dropping expendable ones in their order."""
     headings = list(max(lines, key=len, default={}))
     space = {name: max(len(line.get(name, "")) for line in [*lines, {name: name}]) + _GAP for name in headings}
+    # The first column holds names, which may run over several lines.
+    space |= {name: min(space[name], _NAME_WIDTH + _GAP) for name in headings[:1]}
     for name in expendable:
         if width is None or sum(space[heading] for heading in headings) + _GAP <= width:
             break

@@ -30,11 +30,14 @@ from flashmem_bench.report.style import (
     look,
     save,
 )
+from flashmem_bench.report.tables import is_percentile
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _CONDITIONS = ["model", "device", "dtype", "batch_size", "exec"]
+# The points of one sheet: those that are compared with the same reference cell.
+ABLATION_SHEET = ["axis", "suite", "method", "reference_cell"]
 _LOG_FROM = 16
 
 
@@ -46,7 +49,7 @@ class Drawing:
         kind: score-latency, phases, ablation or entropy-trace.
         suite: name of the suite.
         svg: path of the svg; the png lies beside it.
-        subject: axis and method of an ablation sheet, else empty.
+        subject: axis, method and reference cell of an ablation sheet, else empty.
         text: what to see, in one sentence, for the caption and for readers who cannot see it.
     """
 
@@ -66,12 +69,11 @@ def draw_all(tables: dict[str, pd.DataFrame], folder: Path) -> list[Drawing]:
         for number, part in enumerate(parts, start=1):
             name = file_name(str(suite)) + (f"-{number}" if len(parts) > 1 else "")
             drawings += [score_against_time(part, folder, name), phases(part, folder, name)]
-    keys = ["axis", "suite", "method", *_CONDITIONS[:-1], "seed"]
-    for (axis, suite, method, *_), points in tables["ablations"].groupby(keys, sort=True, dropna=False):
-        name = file_name(f"{axis}-{suite}-{method}")
-        while any(drawing.svg.stem == f"ablation-{name}" for drawing in drawings if drawing):
-            name += "-b"
-        drawings.append(ablation(points, folder, name))
+    sheets = list(tables["ablations"].groupby(ABLATION_SHEET, sort=True, dropna=False))
+    names = [file_name(f"{axis}-{suite}-{method}") for (axis, suite, method, _), _ in sheets]
+    for place, (_, points) in enumerate(sheets):
+        again = names[:place].count(names[place])
+        drawings.append(ablation(points, folder, names[place] + (f"-{again + 1}" if again else "")))
     return [drawing for drawing in drawings if drawing is not None]
 
 
@@ -95,8 +97,8 @@ def score_against_time(runs: pd.DataFrame, folder: Path, name: str) -> Drawing |
         _points(left, shown, "ms_per_token", "ms_per_token", "ms per text token, prefill included")
         _points(right, shown, "e2e_ms_median", "e2e_ms", "ms per sample, median")
         left.set_ylabel("score")
-        top = min(1.0, float(shown["score_high"].fillna(shown["score"]).max()) * 1.12)
-        left.set_ylim(0, top or 1.0)
+        top = min(1.0, float(shown["score_high"].fillna(shown["score"]).max()) * 1.1) or 1.0
+        _score_axis(left, top)
         _label_column(figure, right, shown, "e2e_ms_median")
         caption(figure, f"{shown['suite'][0]}: score against time", _footnote(shown), cpu_timed=_on_cpu(shown))
         svg = save(figure, folder, f"score-latency-{name}")
@@ -160,7 +162,7 @@ def ablation(points: pd.DataFrame, folder: Path, name: str) -> Drawing | None:
             axes.set_ylabel(label)
             axes.set_ylim(0, max(axes.get_ylim()[1] * 1.08, 1e-9))
             _mark_reference(axes, places, points, named=axes is score)
-        score.set_ylim(0, min(1.0, score.get_ylim()[1]))
+        _score_axis(score, min(1.0, score.get_ylim()[1]))
         figure.align_ylabels(panels)
         rate.legend(loc="best")
         _value_axis(whole, places, points, numeric)
@@ -168,7 +170,13 @@ def ablation(points: pd.DataFrame, folder: Path, name: str) -> Drawing | None:
         caption(figure, title, _footnote(points), cpu_timed=_on_cpu(points))
         svg = save(figure, folder, f"ablation-{name}")
     text = f"Score, trigger rate and cost over {axis}; dashed: reference point; bars: 95 % intervals."
-    return Drawing("ablation", suite, svg, text, (axis, str(points["method"][0])))
+    return Drawing("ablation", suite, svg, text, (axis, str(points["method"][0]), str(points["reference_cell"][0])))
+
+
+def _score_axis(axes: Axes, top: float) -> None:
+    """From zero, with just enough room at either end for a marker that stands there."""
+    axes.set_ylim(-0.03 * top, 1.03 * top)
+    axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= 1.03 * top])
 
 
 def _points(axes: Axes, shown: pd.DataFrame, x: str, bounds: str, label: str) -> None:
@@ -245,7 +253,8 @@ def _bars(value: float, low: float, high: float) -> list[list[float]] | None:
 
 
 def _places(points: pd.DataFrame) -> tuple[list[float], bool]:
-    if points["value_number"].notna().all() and points["value_number"].map(math.isfinite).all():
+    kinds = {is_percentile(value) for value in points["value"]}
+    if points["value_number"].notna().all() and len(kinds) == 1:
         return [float(value) for value in points["value_number"]], True
     values = list(dict.fromkeys(points["value"]))
     return [float(values.index(value)) for value in points["value"]], False
@@ -309,7 +318,8 @@ def _value_axis(axes: Axes, places: Sequence[float], points: pd.DataFrame, numer
         axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(set(places)), [f"{value:g}" for value in sorted(set(places))], minor=False)
     axes.minorticks_off()
-    axes.set_xlabel(f"{axis} (log scale)" if logarithmic else axis)
+    unit = ", percentile of the calibrated entropies" if is_percentile(points["value"].iloc[0]) else ""
+    axes.set_xlabel(f"{axis}{unit}{' (log scale)' if logarithmic else ''}")
 
 
 def _label(row: Any) -> str:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from flashmem_bench import __version__
+from flashmem_bench import __version__, stats
 from flashmem_bench.report import wording as say
 from flashmem_bench.report.cells import FLASHMEM, VANILLA, Cell, partner, settings_differences
+from flashmem_bench.report.figures import ABLATION_SHEET
 from flashmem_bench.report.style import CPU_STAMP
 from flashmem_bench.schema import SCHEMA_VERSION, TABLES
 
@@ -80,6 +81,7 @@ def render(
         "findings": [finding for suite in suites for finding in findings(suite, tables["comparisons"], _labels(cells))],
         "warnings": list(warnings),
         "suites": [_suite(suite, cells, tables, drawings) for suite in suites],
+        "latency": _latency(tables["latency"]),
         "ablations": _ablations(tables["ablations"], drawings),
         "definitions": [column for column in TABLES["runs"] if column.name in _DEFINED],
     }
@@ -256,22 +258,50 @@ def _strata(suite: str, strata: pd.DataFrame, main: pd.DataFrame) -> Context | N
 
 def _ablations(ablations: pd.DataFrame, drawings: Sequence[Drawing]) -> list[Context]:
     sheets = []
-    for (axis, suite, method), rows in ablations.groupby(["axis", "suite", "method"], sort=True):
+    for (axis, suite, method, reference), rows in ablations.groupby(ABLATION_SHEET, sort=True, dropna=False):
         sheets.append(
             {
                 "axis": axis,
                 "suite": suite,
                 "method": method,
+                "reference": reference if say.known(reference) else "",
                 "stamp": CPU_STAMP if (rows["device"] == "cpu").any() else "",
                 "rows": [_ablation_row(row) for row in rows.to_dict("records")],
                 "figures": [
                     _figure(drawing)
                     for drawing in drawings
-                    if drawing.kind == "ablation" and drawing.suite == suite and drawing.subject == (axis, method)
+                    if drawing.kind == "ablation"
+                    and drawing.suite == suite
+                    and drawing.subject == (axis, method, str(reference))
                 ],
             }
         )
     return sheets
+
+
+def _latency(latency: pd.DataFrame) -> list[Context]:
+    """Flashmem over vanilla at fixed contexts, run by run."""
+    rows = []
+    keys = ["protocol", "model", "device", "dtype", "batch_size", "exec", "context"]
+    for (protocol, model, device, dtype, _, _, context), part in latency.groupby(keys, sort=True, dropna=False):
+        times = {method: part[part["method"] == method] for method in (FLASHMEM, VANILLA)}
+        n = min(len(frame) for frame in times.values())
+        ratios = [
+            stats.geometric_mean_ratio(times[FLASHMEM][column][:n], times[VANILLA][column][:n])
+            for column in ("e2e_ms", "decode_ms")
+        ]
+        rows.append(
+            {
+                "protocol": protocol,
+                "conditions": f"{model}, {device}, {dtype}",
+                "stamp": CPU_STAMP if device == "cpu" else "",
+                "context": say.whole(context),
+                "runs": n,
+                "ratios": [say.interval(*ratio) for ratio in ratios],
+                "ms": [say.number(times[method]["e2e_ms"].median()) for method in (FLASHMEM, VANILLA)],
+            }
+        )
+    return rows
 
 
 def _ablation_row(row: Context) -> Context:

@@ -11,6 +11,7 @@ Scores are averaged over the samples whose score is valid; samples that failed s
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from flashmem_bench.report.cells import Cell, load_cells, refusal, settings_differences
+from flashmem_bench.latency import read_rows
+from flashmem_bench.report.cells import Cell, closeness, load_cells, refusal, settings_differences
 from flashmem_bench.report.compare import compare, comparison_records
 from flashmem_bench.report.measures import Record, cost_block, phase_block, score_block, use_block
 from flashmem_bench.schema import METRIC_PREFIX, TABLES, Column, arrow_schema
@@ -39,11 +41,16 @@ def build_tables(store: ResultStore, suites: Collection[str] | None = None) -> d
     Returns:
         Table name -> frame with exactly the schema's columns; empty tables keep theirs.
     """
-    return tables_of(load_cells(store, suites))
+    return tables_of(load_cells(store, suites), read_rows(store.root))
 
 
-def tables_of(cells: Sequence[Cell]) -> dict[str, pd.DataFrame]:
-    """The same for cells that are already loaded."""
+def tables_of(cells: Sequence[Cell], latency: Sequence[Record] = ()) -> dict[str, pd.DataFrame]:
+    """The same for cells that are already loaded.
+
+    Args:
+        cells: the cells.
+        latency: rows of the latency protocol.
+    """
     comparisons = comparison_records(cells)
     records: dict[str, list[Record]] = {
         "samples": [{**row, "cell": cell.cell_id} for cell in cells for row in cell.rows],
@@ -51,7 +58,7 @@ def tables_of(cells: Sequence[Cell]) -> dict[str, pd.DataFrame]:
         "runs": run_records(cells, comparisons),
         "strata": [record for cell in cells if cell.is_main for record in _stratum_records(cell)],
         "comparisons": comparisons,
-        "latency": [],
+        "latency": list(latency),
         "ablations": ablation_records(cells),
         "claims": [],
     }
@@ -122,8 +129,8 @@ def ablation_records(cells: Sequence[Cell]) -> list[Record]:
     records = []
     for cell in cells:
         for mark in cell.ablation:
-            reference = None if mark.get("reference") else _reference(cell, mark["axis"], cells)
-            delta = compare(cell, reference, "ablation") if reference else {}
+            reference = cell if mark.get("reference") else _reference(cell, mark["axis"], cells)
+            delta = compare(cell, reference, "ablation") if reference not in (None, cell) else {}
             records.append(
                 {
                     **_descr_block(cell),
@@ -131,6 +138,7 @@ def ablation_records(cells: Sequence[Cell]) -> list[Record]:
                     "value": "none" if mark["value"] is None else str(mark["value"]),
                     "value_number": _number(mark["value"]),
                     "reference": bool(mark.get("reference")),
+                    "reference_cell": reference.cell_id if reference else None,
                     **score_block(cell.rows),
                     "delta_reference": delta.get("difference"),
                     "delta_low": delta.get("low"),
@@ -205,20 +213,28 @@ def _reference(cell: Cell, axis: str, cells: Sequence[Cell]) -> Cell | None:
         and any(mark["axis"] == axis and mark.get("reference") for mark in other.ablation)
         and refusal(cell, other) is None
     ]
-    return candidates[0] if candidates else None
+    return max(candidates, key=lambda other: closeness(cell, other), default=None)
 
 
 def _axis_order(record: Record) -> tuple[Any, ...]:
     number = record["value_number"]
-    place = (1, 0.0, record["value"]) if number is None else (0, number, "")
-    return record["axis"], record["suite"], record["method"], place
+    place = (2, 0.0, record["value"]) if number is None else (int(is_percentile(record["value"])), number, "")
+    return record["axis"], record["suite"], record["method"], record["reference_cell"] or "", place
+
+
+def is_percentile(value: str) -> bool:
+    """Whether a value of an axis is written as a percentile, such as p85."""
+    return re.fullmatch(r"p\d+(\.\d+)?", value) is not None
 
 
 def _number(value: Any) -> float | None:
+    if isinstance(value, str) and is_percentile(value):
+        return float(value[1:])
     try:
-        return None if isinstance(value, bool) else float(value)
+        number = float(value)
     except (TypeError, ValueError):
         return None
+    return number if math.isfinite(number) and not isinstance(value, bool) else None
 
 
 def _natural(text: str) -> list[tuple[int, int, str]]:

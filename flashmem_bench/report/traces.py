@@ -1,12 +1,13 @@
 """The entropy trace: one answer, token by token, with the moments at which a memory was injected.
 
-Each mark is one decision step: the entropy just before the token below it was chosen. The sample is picked by
-a fixed rule (most triggers among answers of readable length, then the first in suite order), never by how
-well it looks.
+Each mark is one decision step: the entropy just before the token below it was chosen. The sample is picked by a
+fixed rule (up to three triggers, then readable length, then the first in suite order), never by how well it looks. Of
+a long answer the beginning is shown, and the note says so.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from flashmem_bench.report.figures import Drawing, file_name
 from flashmem_bench.report.style import BLUE, DARK, VERMILLION, canvas, caption, save
 
 _PER_LINE = 44
-_MAX_LINES = 3
+_SHOWN_STEPS = 3 * _PER_LINE
 
 
 def draw_traces(cells: Sequence[Cell], folder: Path) -> list[Drawing]:
@@ -37,10 +38,10 @@ def pick_sample(cell: Cell) -> str | None:
     for place, row in enumerate(cell.rows):
         text = cell.texts.get(row["sample_id"], {})
         steps = len(text.get("entropies") or [])
-        triggers = len(text.get("triggers") or [])
-        if not triggers or steps < 2 or steps > _PER_LINE * _MAX_LINES:
+        seen = sum(trigger["text_index"] < min(steps, _SHOWN_STEPS) for trigger in text.get("triggers") or [])
+        if not seen or steps < 2:
             continue
-        rank = (min(triggers, 3), min(steps, _PER_LINE), -place)
+        rank = (min(seen, 3), _PER_LINE - abs(_PER_LINE - steps), -place)
         if best is None or rank > best:
             best, chosen = rank, row["sample_id"]
     return chosen
@@ -49,8 +50,10 @@ def pick_sample(cell: Cell) -> str | None:
 def draw_trace(cell: Cell, sample_id: str, folder: Path) -> Drawing:
     """Draw the trace of one sample."""
     text, row = cell.texts[sample_id], cell.by_sample[sample_id]
-    entropies, tokens = text["entropies"], text["tokens"]
-    lines = [slice(start, start + _PER_LINE) for start in range(0, len(entropies), _PER_LINE)]
+    entropies, tokens = text["entropies"][:_SHOWN_STEPS], text["tokens"]
+    count = math.ceil(len(entropies) / _PER_LINE)
+    length = math.ceil(len(entropies) / count)
+    lines = [slice(start, start + length) for start in range(0, len(entropies), length)]
     fired = {trigger["text_index"] for trigger in text["triggers"]}
     ceiling = max([*(value for value in entropies if value is not None), row.get("threshold") or 0.0]) * 1.15
     with canvas(1.0 + 1.9 * len(lines), rows=len(lines), sharey=True) as (figure, panels):
@@ -61,6 +64,8 @@ def draw_trace(cell: Cell, sample_id: str, folder: Path) -> Drawing:
         panels[0].legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=3)
         score = "no score" if row.get("score") is None else f"score {row['score']:g}"
         note = f"{row.get('model')}; sample {sample_id}, {score}; picked for triggers and length, not score"
+        if len(entropies) < len(text["entropies"]):
+            note += f"; first {len(entropies)} of {len(text['entropies'])} steps"
         caption(figure, f"{cell.suite}: attention entropy of one answer of {cell.method}", note, cpu_timed=False)
         svg = save(figure, folder, f"entropy-trace-{file_name(cell.suite)}")
     said = f"Attention entropy before each token of sample {sample_id}; dashed: a memory was injected."
@@ -93,7 +98,7 @@ def _panel(
     )
     labels = [printable(tokens[step]) if step < len(tokens) else "" for step in steps]
     axes.set_xticks(list(steps), labels, rotation=90, family="DejaVu Sans Mono", fontsize=7, parse_math=False)
-    axes.set_xlim(part.start - 0.6, part.start + max(len(steps), min(_PER_LINE, len(entropies))) - 0.4)
+    axes.set_xlim(part.start - 0.6, part.stop - 0.4)
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("nats")
 
