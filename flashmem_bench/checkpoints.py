@@ -181,8 +181,11 @@ def fetch(named: str) -> Path:
         raise CheckpointError(f"there is no checkpoint folder at {named}; give a folder made by train, or a hub id")
     from huggingface_hub import snapshot_download
 
+    from flashmem_bench.hub import quick_hub
+
     try:
-        return Path(snapshot_download(named))
+        with quick_hub():
+            return Path(snapshot_download(named))
     except Exception as error:  # The hub client raises many unrelated types; each means that it is not to be had.
         raise CheckpointError(
             f"there is no checkpoint folder at {named} and the hub gives nothing under that id; check both"

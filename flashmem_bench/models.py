@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashmem_bench.errors import BenchError, UsageError
+from flashmem_bench.hub import quick_hub
 
 if TYPE_CHECKING:
     from flashmem.backbone import Backbone
@@ -73,7 +74,12 @@ def load_backbone(model: str, device: str = "auto", dtype: str = "auto") -> Back
         raise BenchError(f"there is no model folder at {model}")
     chosen = pick_device(device)
     chosen_dtype = pick_dtype(dtype, chosen)
-    backbone = Backbone.from_pretrained(str(Path(source).expanduser()), device=chosen, dtype=chosen_dtype)
+    folder = Path(source).expanduser()
+    # A hub id is looked for in the cache alone where the hub does not answer: no minute of retries.
+    with nullcontext() if folder.is_dir() else quick_hub():
+        backbone = Backbone.from_pretrained(
+            str(folder) if folder.is_dir() else model, device=chosen, dtype=chosen_dtype
+        )
     backbone.name = model_key(model)
     if chosen == "cpu" and "OMP_NUM_THREADS" not in os.environ and _parameters(backbone) < _SMALL:
         torch.set_num_threads(1)

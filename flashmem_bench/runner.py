@@ -6,8 +6,8 @@ again, and a larger `--limit` extends the cell. Batches are made of the suite's 
 that a batch has the same members in every attempt.
 
 Time is split in two: what the clock counts (from ids on the device to the last token on the host) and `harness_ms`,
-the rest of the sample's wall time; waiting for a row's write can only be counted in the row after it. The first sample is
-generated once without being recorded, to warm up.
+the rest of the sample's wall time; waiting for a row's write can only be counted in the row after it. The first
+sample is generated once without being recorded, to warm up.
 
 Ctrl-C lets the sample in progress finish; a second one does not wait.
 """

@@ -1,8 +1,8 @@
 """Writes rows of a cell beside the generation of the next sample.
 
-Making a row durable takes the disk several milliseconds, as long as a small model needs for several tokens, and none of it
-is computing. One thread does the waiting. At most one row is under way: `put` first waits for the row before it, so a kill
-can cost the row that was being written and no other, and a failed write stops the run at the next row.
+Making a row durable takes the disk several milliseconds, as long as a small model needs for several tokens, and none
+of it is computing. One thread does the waiting. At most one row is under way: `put` first waits for the row before
+it, so a kill can cost the row that was being written and no other, and a failed write stops the run at the next row.
 """
 
 from __future__ import annotations

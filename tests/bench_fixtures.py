@@ -1,4 +1,4 @@
-"""What the tests of the harness share: a random backbone with memories and thresholds, and suites that are loaded once."""
+"""A random backbone with memories and thresholds, and suites that are loaded once, for the tests of the harness."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from flashmem_bench.cli.ablate import ablate
 from flashmem_bench.cli.calibrate import calibrate
 from flashmem_bench.cli.describe import describe
 from flashmem_bench.cli.doctor import doctor
+from flashmem_bench.cli.latency import latency
 from flashmem_bench.cli.lists import list_names
 from flashmem_bench.cli.report import report
 from flashmem_bench.cli.run import run
@@ -36,6 +37,7 @@ for _name, _command in {
     "ablate": ablate,
     "train": train,
     "calibrate": calibrate,
+    "latency": latency,
     "report": report,
     "list": list_names,
     "describe": describe,
