@@ -1,7 +1,8 @@
 """Seeded suites of the project's own: text made by code, so that they need no download and no licence.
 
-`generate(name, split, n)` gives the rows of one suite. All rows have `id`, `prompt` (the complete user message), `target` (the
-complete assistant message), `answer` (the short gold answer) and `stratum`; a generator may add more keys.
+`generate(name, split, n)` gives the rows of one suite. All rows have `id`, `prompt` (the complete user
+message), `target` (the complete assistant message), `answer` (the short gold answer) and `stratum`; a
+generator may add more keys.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Splits that cannot overlap, and words that are one token each for the bundled backbone.
 
-A generator module supplies `draw(rng, index, **settings)`: one random row. `make_rows` turns it into a fixed sequence for
-a split. Disjointness does not depend on how many rows anybody asks for: the hash of a prompt decides the one split that it
-may appear in, and a stream redraws until its own split comes up. A prompt therefore belongs to the same split under every
-seed, row count and setting.
+A generator module supplies `draw(rng, index, **settings)`: one random row. `make_rows` turns it into a fixed
+sequence for a split. Disjointness does not depend on how many rows anybody asks for: the hash of a prompt
+decides the one split that it may appear in, and a stream redraws until its own split comes up. A prompt
+therefore belongs to the same split under every seed, row count and setting.
 
-Plain Python and seeded: no torch, no numpy, nothing read from disk. Rows are stable across Python versions because
-`random.Random` seeded with a string is.
+Plain Python and seeded: no torch, no numpy, nothing read from disk. Rows are stable across Python versions
+because `random.Random` seeded with a string is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 Row = dict[str, Any]
 Draw = Callable[..., Row]
 
-# Share of the sixteen hash buckets that each split owns: half of all prompts may be trained on, a quarter is for testing.
+# Hash buckets (of sixteen) that each split owns: half of all prompts may be trained on, a quarter is for testing.
 _BUCKETS = {
     "train": range(0, 8),
     "validation": range(8, 10),
@@ -29,17 +29,21 @@ _BUCKETS = {
 SPLITS = tuple(_BUCKETS)
 _MAX_REDRAWS = 2000
 
-NAMES = tuple((
-    "Ana Bob Carl Dan Eve Fay Gus Hal Ida Jon Kim Leo Max Ned Oda Pat Quin Ray Sam Tom Una Vic Wes Xena Yan Zoe "
-    "Amy Ben Cleo Dora Ed Finn Gil Hugo Ivan Jill Kurt Lena Mia Nora Otto Pia Rosa Seth Tess Uma Vera Will"
-).split())
+NAMES = tuple(
+    (
+        "Ana Bob Carl Dan Eve Fay Gus Hal Ida Jon Kim Leo Max Ned Oda Pat Quin Ray Sam Tom Una Vic Wes Xena Yan Zoe "
+        "Amy Ben Cleo Dora Ed Finn Gil Hugo Ivan Jill Kurt Lena Mia Nora Otto Pia Rosa Seth Tess Uma Vera Will"
+    ).split()
+)
 
-WORDS = tuple((
-    "amber apron arrow badge basil beach bench blade bread brick brush cabin camel candle canoe cedar chain chalk "
-    "cloud clover coral crane crown daisy desert eagle ember fence ferry flame flute forest fox garlic globe grape "
-    "hammer harbor hazel honey ivory jacket kettle ladder lantern lemon linen maple marble meadow mirror needle "
-    "olive onion otter pearl pepper pine quartz ribbon river saddle shell silver"
-).split())
+WORDS = tuple(
+    (
+        "amber apron arrow badge basil beach bench blade bread brick brush cabin camel candle canoe cedar chain chalk "
+        "cloud clover coral crane crown daisy desert eagle ember fence ferry flame flute forest fox garlic globe grape "
+        "hammer harbor hazel honey ivory jacket kettle ladder lantern lemon linen maple marble meadow mirror needle "
+        "olive onion otter pearl pepper pine quartz ribbon river saddle shell silver"
+    ).split()
+)
 
 
 def split_of(prompt: str) -> str:
@@ -90,8 +94,8 @@ def make_rows(suite: str, draw: Draw, split: str, n: int, seed: int, settings: d
 def cycle(rng: random.Random, names: int, pool: tuple[str, ...] = NAMES) -> dict[str, str]:
     """A successor map of one random cycle through `names` people.
 
-    Each person is the source of one fact and the target of one fact, so no name stands out by how often it occurs or by
-    being the end of a chain: the only way to an answer is to follow the links.
+    Each person is the source of one fact and the target of one fact, so no name stands out by how often it
+    occurs or by being the end of a chain: the only way to an answer is to follow the links.
     """
     people = rng.sample(pool, names)
     return {a: people[(i + 1) % names] for i, a in enumerate(people)}

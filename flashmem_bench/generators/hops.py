@@ -1,8 +1,8 @@
 """Pointer chasing: follow k links through a shuffled list of facts and answer with a name, nothing else.
 
-One link is plain in-context look-up. Two and more must be composed without writing the intermediate name, which a small
-model cannot do in one pass: those strata show whether a memory adds a step of computation. The facts form a single cycle, so
-chance is one in `facts` for every k below `facts`.
+One link is plain in-context look-up. Two and more must be composed without writing the intermediate name,
+which a small model cannot do in one pass: those strata show whether a memory adds a step of computation. The
+facts form a single cycle, so chance is one in `facts` for every k below `facts`.
 """
 
 from __future__ import annotations

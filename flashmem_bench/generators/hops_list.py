@@ -1,10 +1,11 @@
 """Eight to sixteen look-ups answered in one generation, one line each, every line echoing its key.
 
-Most lines are one link, a quarter are two ("Ana twice"). The right moment for a memory is known: just before the value of
-a two-link line. Each row gives those places as text, so that the precision and recall of a trigger policy can be counted.
+Most lines are one link, a quarter are two ("Ana twice"). The right moment for a memory is known: just before
+the value of a two-link line. Each row gives those places as text, so that the precision and recall of a
+trigger policy can be counted.
 
-Extras of a row: `echoes`, the text of every line up to and including its colon, in order; `moments`, those of the two-link
-lines; `values`, the right value of every line.
+Extras of a row: `echoes`, the text of every line up to and including its colon, in order; `moments`, those of
+the two-link lines; `values`, the right value of every line.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def draw(
 ) -> Row:
     """One row; `items` is the inclusive range of look-ups.
 
-    With `cyclic` false no name is both a source and a target: an easier form, for training, that has no two-link look-ups.
+    With `cyclic` false no name is both a source and a target: an easier form, for training, that has no
+    two-link look-ups.
 
     Raises:
         ValueError: more look-ups than facts, or two-link look-ups without a cycle.

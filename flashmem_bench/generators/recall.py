@@ -1,7 +1,8 @@
 """Key-value recall: one value asked for among n pairs, answered with the value alone.
 
-The length is a setting, from a handful of pairs to the tens of thousands of tokens where cache eviction and long-context cost
-show. Keys are one word while one word is enough to keep them apart, then two, then three; values are names.
+The length is a setting, from a handful of pairs to the tens of thousands of tokens where cache eviction and
+long-context cost show. Keys are one word while one word is enough to keep them apart, then two, then three;
+values are names.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ def words_per_key(pairs: int) -> int:
 
 
 def pairs_for_tokens(tokens: int) -> int:
-    """About how many pairs fill `tokens` tokens of the bundled tokenizer (a pair costs three tokens plus its key)."""
+    """About how many pairs fill `tokens` tokens of the bundled tokenizer (a pair costs three tokens plus its
+    key).
+    """
     for words in (1, 2, 3):
         pairs = tokens // (3 + words)
         if words_per_key(pairs) <= words:

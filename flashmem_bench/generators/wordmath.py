@@ -1,8 +1,9 @@
 """Multi-step word problems of one to three steps, solved by one short equation a line and a final "#### n".
 
-A problem is a chain: an amount, then changes to it (buy, find, give away, lose, times as many, share equally), or boxes that
-hold the same number each as its first step. Every division is exact, every amount stays between 1 and 99, and the amount
-asked for is always the last one reached, so the equations in order are the whole reasoning.
+A problem is a chain: an amount, then changes to it (buy, find, give away, lose, times as many, share
+equally), or boxes that hold the same number each as its first step. Every division is exact, every amount
+stays between 1 and 99, and the amount asked for is always the last one reached, so the equations in order are
+the whole reasoning.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def _open(rng: random.Random, boxes: bool) -> _Problem:
 
 
 def _possible(amount: int, last: bool) -> list[str]:
-    """Changes that keep the amount a whole number within bounds; sharing ends a story, so it only comes last."""
+    """Changes that keep the amount a whole number within bounds; sharing ends a story, so it only comes
+    last.
+    """
     kinds = []
     if amount <= _LARGEST - 2:
         kinds.append("gain")

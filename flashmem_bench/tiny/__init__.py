@@ -1,7 +1,7 @@
 """The bundled backbone, small enough to train and to run on a laptop.
 
-It shows that the machinery works; it does not show that a method is right. The weights are a plain Hugging Face folder, so
-`AutoModelForCausalLM.from_pretrained(weights_dir())` works without this package's help.
+It shows that the machinery works; it does not show that a method is right. The weights are a plain Hugging
+Face folder, so `AutoModelForCausalLM.from_pretrained(weights_dir())` works without this package's help.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""The training mixture: generated tasks and, when a data folder is given, the real bAbI and GSM8K train splits.
+"""The training mixture: generated tasks and, when a data folder is given, the real bAbI and GSM8K train
+splits.
 
-A batch depends only on the seed, the step and the curriculum's state, never on what was drawn before it: training can
-stop and go on at any step. Two-link questions are in the text, so that their format is known, but their answers weigh almost
-nothing in the loss: the bundled model must stay unable to answer them, or a memory would have nothing to do.
+A batch depends only on the seed, the step and the curriculum's state, never on what was drawn before it:
+training can stop and go on at any step. Two-link questions are in the text, so that their format is known,
+but their answers weigh almost nothing in the loss: the bundled model must stay unable to answer them, or a
+memory would have nothing to do.
 
-Test rows are never trained on: generated prompts carry their split in their hash, and real training prompts are checked
-against the hashes of the test prompts.
+Test rows are never trained on: generated prompts carry their split in their hash, and real training prompts
+are checked against the hashes of the test prompts.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ COMPOSED_WEIGHT = 0.1
 
 @dataclass(frozen=True)
 class Text:
-    """One training conversation. `quiet` holds (start, end) character spans of the target that weigh `COMPOSED_WEIGHT`."""
+    """One training conversation. `quiet` holds (start, end) character spans of the target that weigh
+    `COMPOSED_WEIGHT`.
+    """
 
     task: str
     prompt: str
@@ -133,7 +137,9 @@ class Corpus:
         self.real = real_texts(self.data_dir)
 
     def text(self, task: str, index: int, facts: int, steps: int) -> Text:
-        """Row `index` of `task`'s stream at a curriculum of `facts` facts or pairs and up to `steps` reasoning steps."""
+        """Row `index` of `task`'s stream at a curriculum of `facts` facts or pairs and up to `steps`
+        reasoning steps.
+        """
         if task in self.real:
             rows = self.real[task]
             epoch, place = divmod(index, len(rows))

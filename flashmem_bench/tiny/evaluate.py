@@ -1,7 +1,7 @@
 """Plain score of a backbone on the bundled tasks by stratum: `python -m flashmem_bench.tiny.evaluate FOLDER`.
 
-A quick look with greedy decoding through transformers' own `generate`, used to judge a training run. Benchmark numbers come from
-`flashmem-bench run`, with intervals and through the suites' own graders.
+A quick look with greedy decoding through transformers' own `generate`, used to judge a training run.
+Benchmark numbers come from `flashmem-bench run`, with intervals and through the suites' own graders.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def main() -> None:
     for task in args.tasks.split(","):
         rows = test_rows(task, args.limit, Path(args.data_dir) if args.data_dir else None)
         if rows:
-            result = {name: f"{100 * mean:.1f} ({n})" for name, (mean, n) in score(model, tokenizer, task, rows).items()}
+            result = {
+                name: f"{100 * mean:.1f} ({n})" for name, (mean, n) in score(model, tokenizer, task, rows).items()
+            }
             print(json.dumps({"task": task, **result}), flush=True)
 
 

@@ -1,13 +1,16 @@
 """Train the bundled backbone from scratch: `python -m flashmem_bench.tiny.pretrain --minutes 15`.
 
-The recipe is a curriculum, because a mixture of all tasks from the first step learns nothing in the time that two cores have.
-Look-ups come first, growing from two facts as their loss falls; word problems join, from one step to three; bAbI and GSM8K
-join last. Earlier tasks stay in the mix. Rows of a step are sorted by length and cut into micro-batches, since padding would
-otherwise be half of the work.
+The recipe is a curriculum, because a mixture of all tasks from the first step learns nothing in the time that
+two cores have. Look-ups come first, growing from three facts as their loss falls; word problems join, from
+one step to three; bAbI and GSM8K join last. Earlier tasks stay in the mix. Two things make look-ups form in
+minutes: two heads of the first layer start out as look-back heads, and hidden matrices are trained with Muon
+(embeddings, biases and norms with AdamW). Rows of a step are sorted by length and cut into micro-batches,
+since padding would otherwise be half of the work.
 
-Training resumes by the same command after any interruption: model, optimizer, curriculum and random state are saved every
-minute, and a batch depends on nothing else. With `--steps` alone the losses are the same as without the interruption; with
-`--minutes` the schedule follows the clock, so that a slow machine still ends its curriculum.
+Training resumes by the same command after any interruption: model, optimizer, curriculum and random state are
+saved every minute, and a batch depends on nothing else. With `--steps` alone the losses are the same as
+without the interruption; with `--minutes` the schedule follows the clock, so that a slow machine still ends
+its curriculum.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from flashmem_bench.tiny import weights_dir
@@ -42,7 +46,9 @@ MAX_FACTS, MAX_STEPS = 12, 3
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights. `context` is the longest row in tokens and becomes `trained_context`."""
+    """Everything that decides the weights. `context` is the longest row in tokens and becomes
+    `trained_context`.
+    """
 
     layers: int = 4
     width: int = 128
@@ -78,13 +84,15 @@ class Curriculum:
         self.since += 1
         if self.since < 15:
             return
-        if self.facts < MAX_FACTS and self.losses.get("hops-list", math.inf) < 0.12:
+        links = self.losses.get("hops", math.inf) < 0.1 and self.losses.get("hops-list", math.inf) < 0.25
+        if self.facts < MAX_FACTS and links:
             self.facts, self.since = self.facts + 1, 0
-        if self.stage > 0 and self.steps < MAX_STEPS and self.losses.get("wordmath", math.inf) < 0.12:
+        if self.stage > 0 and self.steps < MAX_STEPS and self.losses.get("wordmath", math.inf) < 0.25:
             self.steps, self.since = self.steps + 1, 0
         done = self.facts >= MAX_FACTS and self.losses["hops"] < 0.15 if self.stage == 0 else self.steps >= MAX_STEPS
-        if self.stage < len(STAGE_DEADLINES) and (done and self.since > 60 or progress > STAGE_DEADLINES[self.stage]):
+        if self.stage < len(STAGE_DEADLINES) and ((done and self.since > 60) or progress > STAGE_DEADLINES[self.stage]):
             self.stage, self.since = self.stage + 1, 0
+            self.steps = MAX_STEPS if self.stage == 2 else self.steps
 
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
@@ -115,8 +123,8 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCau
 def _look_back(model: Qwen2ForCausalLM, head: int, offset: int, strength: float) -> None:
     """Start a head of the first layer out as one that attends to the token `offset` places back.
 
-    Constant query and key biases become a preference for one distance once they are rotated. Look-ups are built on such heads,
-    and finding them from a random start takes longer than all the rest.
+    Constant query and key biases become a preference for one distance once they are rotated. Look-ups are
+    built on such heads, and finding them from a random start takes longer than all the rest.
     """
     config, attention = model.config, model.model.layers[0].self_attn
     size = config.hidden_size // config.num_attention_heads
@@ -140,15 +148,16 @@ class Encoded:
 def encode(tokenizer: PreTrainedTokenizerFast, text: Text) -> Encoded:
     """Render one conversation through the chat template, with the loss weight of each target token.
 
-    A row's weights sum to the square root of its target's length, so that one-word answers are not drowned by rationales.
+    A row's weights sum to the square root of its target's length, so that one-word answers are not drowned by
+    rationales.
     """
     chat = [{"role": "user", "content": text.prompt}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     coded = tokenizer(text.target, add_special_tokens=False, return_offsets_mapping=True)
     scale = (len(coded["input_ids"]) + 1) ** -0.5
     weights = [
-        scale * (COMPOSED_WEIGHT if any(a < end and b > start for start, end in text.quiet) else 1.0)
-        for a, b in coded["offset_mapping"]
+        scale * (COMPOSED_WEIGHT if any(start <= a < end for start, end in text.quiet) else 1.0)
+        for a, _ in coded["offset_mapping"]
     ]
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] + coded["input_ids"] + [tokenizer.eos_token_id]
     return Encoded(text.task, ids, [*weights, scale])
@@ -178,13 +187,16 @@ def micro_batches(rows: list[Encoded], limit: int) -> Iterator[list[Encoded]]:
 
 
 def batch_loss(model: Qwen2ForCausalLM, rows: list[Encoded], pad: int) -> tuple[torch.Tensor, dict[str, list[float]]]:
-    """Weighted loss summed over the target tokens of `rows`, and each task's unweighted losses of full-weight tokens.
+    """Weighted loss summed over the target tokens of `rows`, and each task's unweighted losses of full-weight
+    tokens.
 
     Rows are padded on the right: under a causal mask no real token sees the padding, so no mask is needed.
     """
     longest = max(len(row.ids) for row in rows)
     ids = torch.tensor([row.ids + [pad] * (longest - len(row.ids)) for row in rows], device=model.device)
-    where = [(i, len(row.ids) - len(row.weights) + j - 1) for i, row in enumerate(rows) for j in range(len(row.weights))]
+    where = [
+        (i, len(row.ids) - len(row.weights) + j - 1) for i, row in enumerate(rows) for j in range(len(row.weights))
+    ]
     batch, place = torch.tensor(where, device=model.device).T
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[batch, place]
     each = F.cross_entropy(model.lm_head(hidden).float(), ids[batch, place + 1], reduction="none")
@@ -293,16 +305,33 @@ class Run:
             losses = self.train_step()
             if self.elapsed - last >= 60 or self.progress >= 1:
                 last = self.elapsed
-                on_minute({"step": self.step, "minutes": round(self.elapsed / 60, 2), **asdict(self.curriculum), "now": losses})
+                on_minute(
+                    {
+                        "step": self.step,
+                        "minutes": round(self.elapsed / 60, 2),
+                        **asdict(self.curriculum),
+                        "now": losses,
+                    }
+                )
 
 
-def export(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a plain Hugging Face folder in bfloat16, half the size and the same answers."""
+def export(run: Run, folder: Path) -> None:
+    """Write a plain Hugging Face folder in bfloat16, and beside it what the weights were trained with."""
     folder.mkdir(parents=True, exist_ok=True)
-    clone = Qwen2ForCausalLM(model.config)
-    clone.load_state_dict(model.state_dict())
+    clone = Qwen2ForCausalLM(run.model.config)
+    clone.load_state_dict(run.model.state_dict())
     clone.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    run.tokenizer.save_pretrained(folder)
+    provenance = {
+        "recipe": asdict(run.recipe),
+        "curriculum": asdict(run.curriculum),
+        "steps": run.step,
+        "minutes": round(run.elapsed / 60, 1),
+        "real_rows": {task: len(texts) for task, texts in run.corpus.real.items()},
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    (folder / "training.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
 
 
 def prepare(recipe: Recipe, data_dir: Path | None, state_dir: Path, steps: int, minutes: float | None) -> Run:
@@ -325,7 +354,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6000, help="step budget")
     parser.add_argument("--out", type=Path, default=weights_dir(), help="folder for the finished model")
     parser.add_argument("--state-dir", type=Path, default=Path("build/tiny"), help="folder for state and log")
-    parser.add_argument("--data-dir", type=Path, default=os.environ.get("FLASHMEM_DATA"), help="real bAbI and GSM8K files")
+    parser.add_argument(
+        "--data-dir", type=Path, default=os.environ.get("FLASHMEM_DATA"), help="real bAbI and GSM8K files"
+    )
     parser.add_argument("--device", default="cpu")
     for name, value in asdict(Recipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
@@ -350,7 +381,7 @@ def main() -> None:
             log.write(json.dumps(line) + "\n")
 
     run.train(note)
-    export(run.model, run.tokenizer, args.out)
+    export(run, args.out)
     print(f"{run.step} steps in {run.elapsed / 60:.1f} minutes; model in {args.out}")
 
 

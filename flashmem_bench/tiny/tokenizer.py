@@ -1,8 +1,9 @@
 """A small byte-level BPE whose words are chosen for the bundled tasks.
 
-Three choices make small models learn look-ups quickly. Every name and keyword of the generators is one token. Separators
-such as " -> " and ": " carry their spaces with them, so that a name is the same token as a key, as a value and as an answer.
-Digits are always split. Any other text still round-trips, because the alphabet holds all bytes.
+Three choices make small models learn look-ups quickly. Every name and keyword of the generators is one token.
+Separators such as " -> " and ": " carry their spaces with them, so that a name is the same token as a key, as
+a value and as an answer. Digits are always split. Any other text still round-trips, because the alphabet
+holds all bytes.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ CHAT_TEMPLATE = (
 VOCAB_SIZE = 1792
 _SPLIT = r" -> |: | = | \+ | - | \* | / |#### |\p{N}| ?\p{L}+|\n| ?[^\s\p{L}\p{N}]+|\s+"
 _KEYWORDS = (
-    "One Two Three Four Key link links twice Follow the Look up each name Names Recall has have buys finds gives more to loses sells "
-    "times as many shares them equally among friends friend How does get with"
+    "One Two Three Four Key link links twice Follow the Look up each name Names Recall has have buys finds gives "
+    "more to loses sells times as many shares them equally among friends friend How does get with"
 ).split()
 
 
@@ -66,8 +67,8 @@ def _bytes_form(text: str) -> str:
 def build(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
     """Train the BPE on `texts`, then add the whole words that its merges did not reach.
 
-    Whole words sit in the vocabulary without merges and are found by `ignore_merges`, which looks a pre-token up before it
-    applies any merge: a hundred names would otherwise cost several hundred intermediate tokens.
+    Whole words sit in the vocabulary without merges and are found by `ignore_merges`, which looks a pre-token
+    up before it applies any merge: a hundred names would otherwise cost several hundred intermediate tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -91,7 +92,9 @@ def build(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
     return tokenizer
 
 
-def build_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE, max_length: int = 131072) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    texts: Iterable[str], vocab_size: int = VOCAB_SIZE, max_length: int = 131072
+) -> PreTrainedTokenizerFast:
     """The tokenizer as transformers loads it, with chat template and special tokens."""
     from transformers import PreTrainedTokenizerFast
 
