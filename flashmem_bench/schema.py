@@ -227,6 +227,8 @@ _USE_BLOCK: tuple[Column, ...] = (
         "share",
         "sum(triggers) / sum(1 + output_tokens)",
     ),
+    _c("trigger_rate_low", "float", "Lower end of its 95 % bootstrap interval.", "share"),
+    _c("trigger_rate_high", "float", "Upper end of its 95 % bootstrap interval.", "share"),
     _c(
         "above_tau_rate",
         "float",

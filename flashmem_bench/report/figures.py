@@ -1,8 +1,8 @@
 """The figures: score against time, ablation sheets, phases.
 
-Every figure is drawn from the tables alone and written as png and svg. Intervals are always drawn, axes begin
-at zero (a logarithmic axis says so), and a figure with times of a CPU says so in its title. Entropy traces,
-which need the texts, are in ``traces.py``.
+Every figure is drawn from the tables alone and written as png and svg. Every interval that the tables hold is drawn,
+axes begin at zero (a logarithmic axis says so), and a figure with times of a CPU says so in its title. Entropy
+traces, which need the texts, are in ``traces.py``.
 """
 
 from __future__ import annotations
@@ -152,7 +152,17 @@ def ablation(points: pd.DataFrame, folder: Path, name: str) -> Drawing | None:
     with canvas(7.0, rows=4, sharex=True) as (figure, panels):
         score, rate, cost, whole = panels
         _series(score, places, points, "score", ("score_low", "score_high"), VERMILLION, "D", "score", numeric)
-        _series(rate, places, points, "trigger_rate", None, BLUE, "s", "triggers per decision step", numeric)
+        _series(
+            rate,
+            places,
+            points,
+            "trigger_rate",
+            ("trigger_rate_low", "trigger_rate_high"),
+            BLUE,
+            "s",
+            "triggers per decision step",
+            numeric,
+        )
         _series(rate, places, points, "above_tau_rate", None, GREY, "o", "steps above the threshold", numeric)
         ends = ("decode_ms_per_token_low", "decode_ms_per_token_high")
         _series(cost, places, points, "decode_ms_per_token", ends, GREEN, "^", "decode", numeric)

@@ -33,14 +33,16 @@ def score_block(rows: Sequence[Record]) -> Record:
 def use_block(rows: Sequence[Record]) -> Record:
     """Rates of bad outcomes and what the method did."""
     counted = [row for row in rows if row.get("triggers") is not None and row.get("output_tokens") is not None]
-    steps = sum(1 + row["output_tokens"] for row in counted)
+    rate = stats.ratio_of_sums([row["triggers"] for row in counted], [1 + row["output_tokens"] for row in counted])
     return {
         "no_answer_rate": mean([row.get("parse_status") == "no_answer" for row in rows]),
         "truncated_rate": mean(values(rows, "truncated")),
         "error_rate": mean([row.get("error") is not None for row in rows]),
         "triggers_mean": mean(values(rows, "triggers")),
         "latents_mean": mean(values(rows, "latent_tokens")),
-        "trigger_rate": sum(row["triggers"] for row in counted) / steps if steps else None,
+        "trigger_rate": rate.estimate,
+        "trigger_rate_low": rate.low,
+        "trigger_rate_high": rate.high,
         "above_tau_rate": mean(values(rows, "above_tau_rate")),
         "threshold": mean(values(rows, "threshold")),
     }
