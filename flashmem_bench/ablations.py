@@ -15,6 +15,8 @@ from flashmem_bench.errors import UnknownNameError, UsageError
 from flashmem_bench.settings import check_value
 
 DEFAULT_LIMIT = 100
+# In nats no entropy comes near this (it is that of 485 million equal choices), so a larger number is a percentile.
+_NO_ENTROPY = 20.0
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Axis:
         key: The setting that it varies.
         values: Default values, as text.
         reference: The value that the others are compared with.
-        percentiles: `p85` stands for a percentile of the calibrated entropies, a plain number for an absolute value.
+        percentiles: `p85`, `85%` and 85 stand for a percentile of the calibrated entropies, a number below 20 for nats.
         also: Settings of every point, the reference included, without which the axis would have no effect.
     """
 
@@ -104,23 +106,23 @@ def points(axis: Axis, values: Sequence[str] | None = None) -> list[Point]:
 
 
 def _point(axis: Axis, text: str) -> Point:
-    settings = _percentile(axis, text) if axis.percentiles and text[:1].lower() == "p" else None
-    if settings is None:
-        settings = {axis.key: check_value(axis.key, text)}
+    number = _percentile_of(axis, text)
+    if number is not None:
+        settings, shown = {"trigger.percentile": check_value("trigger.percentile", number)}, f"p{number:g}"
+    else:
+        settings, shown = {axis.key: check_value(axis.key, text)}, text.lower()
     if axis.percentiles and settings.get(axis.key, 0) is None:
         raise UsageError(f"a value of {axis.name} is a percentile such as p85 or a number of nats, not {text!r}")
-    return Point(text.lower(), {**axis.also, **settings}, settings == _reference_settings(axis))
+    return Point(shown, {**axis.also, **settings}, shown == axis.reference)
 
 
-def _percentile(axis: Axis, text: str) -> dict[str, Any]:
+def _percentile_of(axis: Axis, text: str) -> float | None:
+    """Return the percentile that a value stands for; None for an absolute value."""
+    if not axis.percentiles:
+        return None
+    marked = text[:1].lower() == "p"
     try:
-        number = float(text[1:])
+        number = float(text[1:] if marked else text.removesuffix("%"))
     except ValueError:
         raise UsageError(f"a value of {axis.name} is a percentile such as p85 or a number, not {text!r}") from None
-    return {"trigger.percentile": check_value("trigger.percentile", number)}
-
-
-def _reference_settings(axis: Axis) -> dict[str, Any]:
-    if axis.percentiles:
-        return _percentile(axis, axis.reference)
-    return {axis.key: check_value(axis.key, axis.reference)}
+    return number if marked or text.endswith("%") or number >= _NO_ENTROPY else None

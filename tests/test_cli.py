@@ -56,7 +56,8 @@ BAD = [
     ("ablate", 2, "name an axis"),
     ("ablate monitor-treshold", 2, "did you mean monitor-threshold"),
     ("ablate monitor-threshold --values p400", 2, "from 0 to 100"),
-    ("ablate monitor-threshold --values often", 2, "a number of at least 0"),
+    ("ablate monitor-threshold --values often", 2, "a percentile such as p85"),
+    ("ablate monitor-threshold --values -1", 2, "a number of at least 0"),
     ("ablate cooldown --values -1", 2, "from 0 to"),
     ("ablate cooldown --method vanilla", 2, "does not read trigger.cooldown"),
     ("ablate cooldown --method flashmem-literal", 2, "fixes trigger.cooldown"),
@@ -174,6 +175,18 @@ def test_run_ablate_report_and_lists_fit_together(bench, tmp_path, capsys):  # n
     assert len(_json(capsys)) == 5
     assert command(["report", "--results-dir", results, "--json"]) == 0
     assert Path(_json(capsys)["html"]).exists()
+
+
+def test_values_of_the_threshold_axis():
+    from flashmem_bench.ablations import get_axis, points
+
+    made = points(get_axis("monitor-threshold"), ["50", "p85", "99%", "1.5"])
+    assert [point.text for point in made] == ["p50", "p85", "p99", "1.5"]
+    assert [point.reference for point in made] == [False, True, False, False]
+    assert made[3].settings == {"trigger.threshold": 1.5} and made[0].settings == {"trigger.percentile": 50.0}
+    unlimited = points(get_axis("max-injections"), ["none"])
+    assert [(point.text, point.reference) for point in unlimited] == [("8", True), ("none", False)]
+    assert points(get_axis("trigger-interval"))[0].settings == {"trigger.cooldown": 0, "trigger.interval": 8}
 
 
 def test_partial_results_exit_3(bench, tmp_path, capsys, monkeypatch):  # noqa: F811
