@@ -50,7 +50,8 @@ class _HostPhase:
     """Context manager of one phase; re-entered for every occurrence, so the decode loop allocates nothing."""
 
     def __init__(self, now: Callable[[], int]):
-        self._now, self._starts, self.total_ns = now, [], 0
+        self._now, self.total_ns = now, 0
+        self._starts: list[int] = []
 
     def __enter__(self) -> _HostPhase:
         self._starts.append(self._now())
@@ -159,7 +160,9 @@ class _EventPhase:
     """Records a pair of events around each occurrence; nothing is read before the generation has ended."""
 
     def __init__(self, clock: CudaEventClock):
-        self._clock, self._open, self.pairs = clock, [], []
+        self._clock = clock
+        self._open: list[tuple[Any, Any]] = []
+        self.pairs: list[tuple[Any, Any]] = []
 
     def __enter__(self) -> _EventPhase:
         pair = self._clock.take_pair()

@@ -297,3 +297,40 @@ def test_clock_formulas():
     assert clock.result(1).tpot_ms is None
     clock.start()
     assert clock.result(0).e2e_ms is None and clock.result(0).overhead_share is None
+
+
+def test_cuda_clock_pairs_events_and_reads_them_once(monkeypatch):
+    """The logic alone: fake events stand for a device."""
+    import torch
+
+    from flashmem_bench.clock import CudaEventClock
+
+    now, calls = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+            self.at = None
+
+        def record(self):
+            self.at = now[0]
+
+        def elapsed_time(self, end):
+            assert calls[-1:] == ["sync"], "read before the synchronise"
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("sync"))
+    clock = CudaEventClock(pairs=3)
+    for _ in range(2):
+        clock.start()
+        calls.clear()
+        for milliseconds in (4.0, 5.0):
+            with clock.phase("step"), clock.phase("monitor"):
+                now[0] += milliseconds
+        assert calls == [], "no synchronise in the loop"
+        clock.token()
+        timing = clock.result(1)
+        assert timing.monitor_ms == 9.0 and clock.phase_ms("step") == 9.0 and timing.prefill_ms == 0.0
+        assert calls == ["sync"]
+    assert clock.pool_misses == 1

@@ -76,7 +76,8 @@ def build(context: BuildContext) -> Method:
     settings = context.settings.trigger
 
     def within(sample: Sample) -> TriggerConfig:
-        known = context.reference[sample.sample_id]
+        # A batch may reach beyond the limit, to samples that the reference does not have and that are not recorded.
+        known = context.reference.get(sample.sample_id, ReferenceSample((), 0))
         key = f"{context.seed}/{sample.sample_id}"
         positions = draw_positions(len(known.text_indices), known.steps, settings.cooldown, key)
         return trigger_config(context, kind="schedule" if positions else "never", positions=positions)
