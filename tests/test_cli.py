@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from flashmem_bench.cli import run as command
-from tests.bench_fixtures import bench  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 
@@ -74,7 +73,7 @@ BAD = [
 
 
 @pytest.fixture(scope="module")
-def places(bench, tmp_path_factory):  # noqa: F811
+def places(bench, tmp_path_factory):
     """Folders that something is wrong with."""
     root = tmp_path_factory.mktemp("places")
     names = {name: root / name for name in ("tmp", "broken", "hollow", "other")}
@@ -157,7 +156,7 @@ def _json(capsys) -> object:
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
 
 
-def test_run_ablate_report_and_lists_fit_together(bench, tmp_path, capsys):  # noqa: F811
+def test_run_ablate_report_and_lists_fit_together(bench, tmp_path, capsys):
     results = str(bench.results(tmp_path / "results"))
     common = ["--model", str(bench.model), "--results-dir", results, "--json", "--quiet"]
     assert command(["run", "--suite", "hops", "--method", "vanilla,flashmem", "--limit", "3", *common]) == 0
@@ -189,7 +188,7 @@ def test_values_of_the_threshold_axis():
     assert points(get_axis("trigger-interval"))[0].settings == {"trigger.cooldown": 0, "trigger.interval": 8}
 
 
-def test_partial_results_exit_3(bench, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_partial_results_exit_3(bench, tmp_path, capsys, monkeypatch):
     from flashmem.errors import FlashMemError
     from flashmem_bench.methods.latent import LatentMethod
 
@@ -207,13 +206,13 @@ def test_partial_results_exit_3(bench, tmp_path, capsys, monkeypatch):  # noqa: 
     assert "1 of 3 samples of hops x vanilla failed; the first: no room for this one" in capsys.readouterr().err
 
 
-def test_skip_bad_rows(bench, places, tmp_path):  # noqa: F811
+def test_skip_bad_rows(bench, places, tmp_path):
     line = ["run", "--suite", "gsm8k", "--method", "vanilla", "--model", str(bench.model), "--limit", "2", "--quiet"]
     line += ["--results-dir", str(tmp_path / "results"), "--data-dir", places["broken"], "--skip-bad-rows"]
     assert command([*line, "--set", "sampling.temperature=0"]) == 0
 
 
-def test_train_then_calibrate_then_run(bench, tmp_path, capsys):  # noqa: F811
+def test_train_then_calibrate_then_run(bench, tmp_path, capsys):
     common = ["--model", str(bench.model), "--results-dir", str(tmp_path / "results"), "--quiet", "--json"]
     train = ["train", "--method", "flashmem", "--suite", "hops,recall", "--limit", "24", "--steps", "3"]
     train += ["--batch-size", "4", "--lr", "1e-3", "--validation", "4", "--set", "memory.length=2", "--targets", "gold"]
@@ -234,7 +233,7 @@ def test_train_then_calibrate_then_run(bench, tmp_path, capsys):  # noqa: F811
     assert [cell["samples"] for cell in cells] == [2, 2]
 
 
-def test_training_on_own_answers_continues_and_says_when_there_are_none(bench, tmp_path, capsys):  # noqa: F811
+def test_training_on_own_answers_continues_and_says_when_there_are_none(bench, tmp_path, capsys):
     from flashmem_bench.fitting import FitRequest, Watcher, own_answers
     from flashmem_bench.session import Session
 

@@ -12,13 +12,13 @@ from flashmem_bench.methods.flashmem_random_trigger import draw_positions, poole
 from flashmem_bench.registry import get_method, method_names
 from flashmem_bench.schema import SAMPLE_COLUMNS, column_names
 from flashmem_bench.store import ResultStore
-from tests.bench_fixtures import SUITES, bench  # noqa: F401
+from tests.bench_fixtures import SUITES
 
 PLACEBOS = ["flashmem-random-memory", "flashmem-shuffled-memory", "flashmem-mean-memory", "flashmem-noop-memory"]
 
 
 @pytest.fixture(scope="module")
-def on_hops_list(bench, tmp_path_factory):  # noqa: F811
+def on_hops_list(bench, tmp_path_factory):
     """Every method on one suite, three samples each."""
     results = bench.results(tmp_path_factory.mktemp("methods") / "results")
     found = bench.run(results, "hops-list", ",".join(method_names()), limit=3, settings={"trigger.cooldown": 4})
@@ -75,14 +75,14 @@ def test_placebos_keep_the_first_moment_and_run_the_real_source(on_hops_list, me
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_every_suite_runs_on_two_methods(bench, tmp_path, suite):  # noqa: F811
+def test_every_suite_runs_on_two_methods(bench, tmp_path, suite):
     results = bench.run(bench.results(tmp_path / "results"), suite, "vanilla,flashmem", limit=3)
     assert [result.status for result in results] == ["complete", "complete"], results[-1].error
     assert [len(result.rows) for result in results] == [3, 3]
     assert results[0].rows[0]["stratum"] == results[1].rows[0]["stratum"]
 
 
-def test_why_equal_names_the_reason(bench, tmp_path):  # noqa: F811
+def test_why_equal_names_the_reason(bench, tmp_path):
     results = bench.results(tmp_path / "results")
     cells = bench.run(results, "hops", "vanilla,flashmem", limit=3, settings={"trigger.threshold": 1e6})
     assert "no decision step exceeded the threshold of 1e+06" in cells[1].summary["why_equal"]
@@ -101,7 +101,7 @@ def test_why_equal_names_the_reason(bench, tmp_path):  # noqa: F811
     assert "logits before each injection" in cells[1].summary["why_equal"]
 
 
-def test_pooled_matching_uses_one_rate(bench, tmp_path):  # noqa: F811
+def test_pooled_matching_uses_one_rate(bench, tmp_path):
     cells = bench.run(
         bench.results(tmp_path / "results"), "hops-list", "flashmem-random-trigger", limit=3, match="pooled"
     )
@@ -109,7 +109,7 @@ def test_pooled_matching_uses_one_rate(bench, tmp_path):  # noqa: F811
     assert cells[1].status == "complete"
 
 
-def test_untrained_memory_has_no_score(bench, tmp_path):  # noqa: F811
+def test_untrained_memory_has_no_score(bench, tmp_path):
     cells = bench.run(
         bench.results(tmp_path / "results"), "hops", "flashmem", limit=2, settings={"memory.checkpoint": "untrained"}
     )

@@ -19,7 +19,6 @@ from flashmem_bench.errors import MissingCheckpointError, UsageError
 from flashmem_bench.rows import make_prompt, trigger_hits
 from flashmem_bench.runner import Interrupted, Stop, interruptible, run_cell
 from flashmem_bench.store import ResultStore
-from tests.bench_fixtures import bench  # noqa: F401
 
 # What may differ between two runs of the same cell: clocks, and which start made the row.
 _VARYING = ("_ms", "started_at", "attempt", "overhead_share")
@@ -35,7 +34,7 @@ def texts(results: Path) -> dict[str, str]:
     return {name: text["text"] for cell in ResultStore(results).cells() for name, text in cell.texts().items()}
 
 
-def command(bench, results: Path, *more: str) -> list[str]:  # noqa: F811
+def command(bench, results: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "flashmem_bench.cli", "run", "--suite", "hops", "--method", "flashmem", "--model",
             str(bench.model), "--results-dir", str(results), "--limit", "14", "--quiet", *more]  # fmt: skip
 
@@ -49,7 +48,7 @@ def lines(results: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in results.glob("runs/*/*/*/samples.jsonl"))
 
 
-def kill_after(bench, results: Path, rows: int) -> None:  # noqa: F811
+def kill_after(bench, results: Path, rows: int) -> None:
     """Start the real command and kill it as soon as that many rows are there."""
     process = subprocess.Popen(command(bench, results), env=environment(), stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
@@ -59,7 +58,7 @@ def kill_after(bench, results: Path, rows: int) -> None:  # noqa: F811
     process.communicate()
 
 
-def test_killed_twice_gives_the_table_of_an_undisturbed_run(bench, tmp_path):  # noqa: F811
+def test_killed_twice_gives_the_table_of_an_undisturbed_run(bench, tmp_path):
     whole, killed = bench.results(tmp_path / "whole"), bench.results(tmp_path / "killed")
     subprocess.run(command(bench, whole), env=environment(), check=True)
     for rows in (5, 11):
@@ -74,7 +73,7 @@ def test_killed_twice_gives_the_table_of_an_undisturbed_run(bench, tmp_path):  #
     assert len({row["attempt"] for row in cell.rows()}) > 1
 
 
-def test_running_again_adds_nothing_and_a_larger_limit_extends(bench, tmp_path):  # noqa: F811
+def test_running_again_adds_nothing_and_a_larger_limit_extends(bench, tmp_path):
     results = bench.results(tmp_path / "results")
     (first,) = bench.run(results, "hops", "vanilla", limit=3)
     (again,) = bench.run(results, "hops", "vanilla", limit=3)
@@ -86,7 +85,7 @@ def test_running_again_adds_nothing_and_a_larger_limit_extends(bench, tmp_path):
     assert len(less.rows) == 2 and less.new_samples == 0
 
 
-def test_settings_and_seed_name_other_cells(bench, tmp_path):  # noqa: F811
+def test_settings_and_seed_name_other_cells(bench, tmp_path):
     results = bench.results(tmp_path / "results")
     cells = [
         bench.run(results, "hops", "flashmem", limit=1, **more)[0].cell
@@ -99,7 +98,7 @@ def test_settings_and_seed_name_other_cells(bench, tmp_path):  # noqa: F811
     assert vanilla[0] == vanilla[1]
 
 
-def test_batches_give_the_same_answers_and_stop_at_the_limit(bench, tmp_path):  # noqa: F811
+def test_batches_give_the_same_answers_and_stop_at_the_limit(bench, tmp_path):
     results = bench.results(tmp_path / "results")
     (one,) = bench.run(results, "hops", "flashmem", limit=5)
     (four,) = bench.run(results, "hops", "flashmem", limit=5, batch_size=4)
@@ -128,7 +127,7 @@ class Grumpy:
         return self.inner.batch_key(sample)
 
 
-def prepared(bench, results, limit, wrap=lambda method: method):  # noqa: F811
+def prepared(bench, results, limit, wrap=lambda method: method):
     from flashmem_bench.prepare import prepare
     from flashmem_bench.session import Session
 
@@ -139,7 +138,7 @@ def prepared(bench, results, limit, wrap=lambda method: method):  # noqa: F811
     return session, cell
 
 
-def test_a_failing_sample_becomes_a_row_and_is_tried_again(bench, tmp_path):  # noqa: F811
+def test_a_failing_sample_becomes_a_row_and_is_tried_again(bench, tmp_path):
     from flashmem_bench.progress import Silent
 
     results = bench.results(tmp_path / "results")
@@ -155,7 +154,7 @@ def test_a_failing_sample_becomes_a_row_and_is_tried_again(bench, tmp_path):  # 
     assert [row["index"] for row in sorted(result.rows, key=lambda row: row["index"])] == [0, 1, 2]
 
 
-def test_interruption_finishes_the_sample_and_continues(bench, tmp_path):  # noqa: F811
+def test_interruption_finishes_the_sample_and_continues(bench, tmp_path):
     from flashmem_bench.progress import Silent
 
     class Press(Silent):
@@ -183,7 +182,7 @@ def test_first_interrupt_asks_second_one_stops():
         signal.raise_signal(signal.SIGINT)
 
 
-def test_missing_memory_names_the_commands(bench, tmp_path):  # noqa: F811
+def test_missing_memory_names_the_commands(bench, tmp_path):
     with pytest.raises(MissingCheckpointError) as caught:
         bench.run(tmp_path / "empty", "hops", "vanilla,flashmem", limit=1)
     assert "flashmem-bench train --method flashmem --suite hops --model" in str(caught.value)
@@ -191,7 +190,7 @@ def test_missing_memory_names_the_commands(bench, tmp_path):  # noqa: F811
     assert not ResultStore(tmp_path / "empty").cells(), "nothing runs before everything is found"
 
 
-def test_harmful_checkpoint_is_not_a_default(bench, tmp_path):  # noqa: F811
+def test_harmful_checkpoint_is_not_a_default(bench, tmp_path):
     results = bench.results(tmp_path / "results")
     config = results / "checkpoints" / bench.model.name / "joint" / "flashmem" / "seed0" / "config.json"
     record = json.loads(config.read_text())
@@ -203,7 +202,7 @@ def test_harmful_checkpoint_is_not_a_default(bench, tmp_path):  # noqa: F811
     assert named.status == "complete"
 
 
-def test_foreign_checkpoint_and_threshold_are_refused(bench, tmp_path):  # noqa: F811
+def test_foreign_checkpoint_and_threshold_are_refused(bench, tmp_path):
     from flashmem.errors import CheckpointError
 
     results = bench.results(tmp_path / "results")
@@ -218,7 +217,7 @@ def test_foreign_checkpoint_and_threshold_are_refused(bench, tmp_path):  # noqa:
         bench.run(results, "hops", "flashmem", limit=1)
 
 
-def test_settings_that_contradict_method_or_checkpoint(bench, tmp_path):  # noqa: F811
+def test_settings_that_contradict_method_or_checkpoint(bench, tmp_path):
     results = bench.results(tmp_path / "results")
     with pytest.raises(UsageError, match="flashmem-prompt-end fixes"):
         bench.run(results, "hops", "flashmem-prompt-end", limit=1, settings={"trigger.kind": "always"})
@@ -226,7 +225,7 @@ def test_settings_that_contradict_method_or_checkpoint(bench, tmp_path):  # noqa
         bench.run(results, "hops", "flashmem", limit=1, settings={"memory.length": 8})
 
 
-def test_prompts_are_cut_only_when_asked(bench):  # noqa: F811
+def test_prompts_are_cut_only_when_asked(bench):
     text = "word " * 600
     positions = bench.backbone.max_positions
     assert len(make_prompt(bench.backbone, text, None, 24).ids) > positions
@@ -238,7 +237,7 @@ def test_prompts_are_cut_only_when_asked(bench):  # noqa: F811
     assert not make_prompt(bench.backbone, "short", "left", 24).truncated
 
 
-def test_a_prompt_beyond_the_positions_is_an_error_row(bench, tmp_path):  # noqa: F811
+def test_a_prompt_beyond_the_positions_is_an_error_row(bench, tmp_path):
     results = bench.results(tmp_path / "results")
     before, bench.backbone.model.config.max_position_embeddings = bench.backbone.max_positions, 90
     try:
@@ -250,7 +249,7 @@ def test_a_prompt_beyond_the_positions_is_an_error_row(bench, tmp_path):  # noqa
         bench.backbone.model.config.max_position_embeddings = before
 
 
-def test_beyond_the_trained_context_no_score_is_valid(bench, tmp_path):  # noqa: F811
+def test_beyond_the_trained_context_no_score_is_valid(bench, tmp_path):
     config = bench.backbone.model.config
     config.trained_context = 50
     try:
