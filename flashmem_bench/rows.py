@@ -9,9 +9,10 @@ Invariant: every value is an int, float, str, bool or None.
 from __future__ import annotations
 
 import hashlib
-import json
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from flashmem_bench.schema import METRIC_PREFIX, blank_sample
@@ -40,7 +41,7 @@ class Prompt:
     @property
     def sha(self) -> str:
         """Hash of the ids: equal hashes prove equal prompts."""
-        return hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()[:16]
+        return hashlib.sha256(array("q", self.ids)).hexdigest()[:16]
 
 
 def make_prompt(backbone: Backbone, text: str, truncate: str | None, budget: int) -> Prompt:
@@ -60,7 +61,7 @@ def make_prompt(backbone: Backbone, text: str, truncate: str | None, budget: int
     elif cut:
         head = room // 2
         ids = ids[:head] + ids[len(ids) - (room - head) :]
-    return Prompt(ids, cut, len(ids) + budget > backbone.trained_context)
+    return Prompt(ids, cut, len(ids) > backbone.trained_context)
 
 
 def trigger_hits(prefixes: Sequence[str], text: str, moments: Sequence[str]) -> tuple[float | None, float | None]:
@@ -152,7 +153,7 @@ def text_record(sample: Sample, generation: Generation | None, backbone: Backbon
     if generation is None:
         return record
     record["text"] = generation.text
-    record["tokens"] = [backbone.tokenizer.decode([token]) for token in generation.token_ids]
+    record["tokens"] = [_piece(backbone.tokenizer, token) for token in generation.token_ids]
     record["triggers"] = [
         {"text_index": t.text_index, "entropy": t.entropy, "output_entropy": t.output_entropy, "latents": t.latents}
         for t in generation.triggers
@@ -160,3 +161,9 @@ def text_record(sample: Sample, generation: Generation | None, backbone: Backbon
     record["entropies"] = [round(value, 6) for value in generation.entropies]
     record["output_entropies"] = [round(value, 6) for value in generation.output_entropies]
     return record
+
+
+@lru_cache(maxsize=65536)
+def _piece(tokenizer: Any, token: int) -> str:
+    """Return the text of one token."""
+    return str(tokenizer.decode([token]))

@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from flashmem_bench.store import CellStore
     from flashmem_bench.tasks import Sample
 
+# Prompts up to so many tokens are kept for the next method; longer ones would fill the memory.
+_SHORT = 4096
 _log = logging.getLogger(__name__)
 
 
@@ -208,20 +210,27 @@ class _CellLoop:
 
     def _warm_up(self, method: Method, sample: Sample) -> None:
         """Generate once without recording, so that first-call costs are in no row."""
-        budget = self.prepared.context.generation["max_new_tokens"]
-        prompt = make_prompt(self.backbone, sample.prompt, self.session.request.truncate, budget)
         try:
-            method.warm_up(prompt.ids, sample)
+            method.warm_up(self._prompt(sample).ids, sample)
         except Exception:  # The same error will be met again, and recorded, by the sample itself.
             _log.debug("the warm-up of %s failed", self.prepared.spec.name, exc_info=True)
+
+    def _prompt(self, sample: Sample) -> Prompt:
+        """Encode a prompt; the methods of a grid share the short ones."""
+        budget, truncate = self.prepared.context.generation["max_new_tokens"], self.session.request.truncate
+        key = (self.prepared.suite.name, sample.sample_id, truncate, budget)
+        prompt = self.session.prompts.get(key)
+        if prompt is None:
+            prompt = make_prompt(self.backbone, sample.prompt, truncate, budget)
+            if len(prompt.ids) <= _SHORT:
+                self.session.prompts[key] = prompt
+        return prompt
 
     def _run_group(self, method: Method, clock: HostClock, group: Sequence[tuple[int, Sample]], done: set[str]) -> None:
         started = time.perf_counter()
         stamp = datetime.now(UTC).isoformat(timespec="milliseconds")
-        budget = self.prepared.context.generation["max_new_tokens"]
-        truncate = self.session.request.truncate
         samples = [sample for _, sample in group]
-        prompts = [make_prompt(self.backbone, sample.prompt, truncate, budget) for sample in samples]
+        prompts = [self._prompt(sample) for sample in samples]
         try:
             _reset_peak(self.backbone)
             clock.start()

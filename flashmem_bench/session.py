@@ -19,6 +19,7 @@ from flashmem_bench.store import ResultStore
 
 if TYPE_CHECKING:
     from flashmem.backbone import Backbone
+    from flashmem_bench.rows import Prompt
     from flashmem_bench.tasks import Suite
 
 TRUNCATIONS = ("left", "middle")
@@ -85,6 +86,7 @@ class Session:
         self.request = request
         self._backbone = backbone
         self._suites: dict[str, Suite] = dict(suites or {})
+        self.prompts: dict[tuple[Any, ...], Prompt] = {}
 
     @cached_property
     def store(self) -> ResultStore:
