@@ -31,7 +31,7 @@ def bank_hash(parts: Mapping[str, Any]) -> str:
 
 
 def find_or_make_bank(
-    results: Path, name: str, context: BuildContext, on_memory: Callable[[int], None] | None = None
+    results: Path, name: str, context: BuildContext, note: Callable[[str], None] = lambda text: None
 ) -> MemoryBank:
     """Load the bank `name`, or fill and store it.
 
@@ -39,14 +39,17 @@ def find_or_make_bank(
         results: The results folder.
         name: From `bank_hash`.
         context: As for building `flashmem` itself.
-        on_memory: Called with the number of memories so far.
+        note: Told that it takes a while, and when the bank stays small.
     """
     from flashmem.placebo import MemoryBank
 
     path = results / "banks" / f"{name}.safetensors"
     if path.exists():
         return MemoryBank.load(path)
-    bank = fill_bank(context, on_memory)
+    note(f"collecting memories of other samples of {context.suite.name} for the placebos")
+    bank = fill_bank(context)
+    if not _enough(bank):
+        note(f"the bank holds {len(bank)} memories: the calibration split of {context.suite.name} gives no more")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     bank.save(partial)
@@ -54,7 +57,7 @@ def find_or_make_bank(
     return bank
 
 
-def fill_bank(context: BuildContext, on_memory: Callable[[int], None] | None = None) -> MemoryBank:
+def fill_bank(context: BuildContext) -> MemoryBank:
     """Collect memories on the calibration split until the bank is large enough."""
     from flashmem.placebo import MemoryBank
     from flashmem_bench.methods.latent import LatentMethod, trained_memory
@@ -62,9 +65,9 @@ def fill_bank(context: BuildContext, on_memory: Callable[[int], None] | None = N
     bank = MemoryBank()
     method = LatentMethod(context, trained_memory(context))
     samples = context.suite.samples("calibration")
-    _collect(bank, method, samples, context.seed, on_memory)
+    _collect(bank, method, samples, context.seed)
     if not _enough(bank):
-        _collect(bank, _at_prompt_end(context, method), samples, context.seed, on_memory)
+        _collect(bank, _at_prompt_end(context, method), samples, context.seed)
     return bank
 
 
@@ -77,13 +80,7 @@ def _at_prompt_end(context: BuildContext, method: Any) -> Any:
     return LatentMethod(short, method.memory, lambda sample: trigger)
 
 
-def _collect(
-    bank: MemoryBank,
-    method: Any,
-    samples: Sequence[Sample],
-    seed: int,
-    on_memory: Callable[[int], None] | None,
-) -> None:
+def _collect(bank: MemoryBank, method: Any, samples: Sequence[Sample], seed: int) -> None:
     for index in range(len(samples)):
         if _enough(bank):
             return
@@ -92,8 +89,6 @@ def _collect(
         (generation,) = method.generate([prompt], [sample], None, seed, keep_memories=True)
         for order, memory in enumerate(generation.memories):
             bank.add(memory, order, sample.answer)
-        if on_memory is not None:
-            on_memory(len(bank))
 
 
 def _enough(bank: MemoryBank) -> bool:

@@ -7,8 +7,8 @@ want to know about a cell, but what cannot change an answer, goes into its descr
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,6 @@ class Prepared:
         descr: What people want to know besides.
         common: Sample columns that are the same in every row of the cell.
         scored: False for an untrained memory, whose score stays null.
-        notes: Sentences that the user should see.
     """
 
     spec: MethodSpec
@@ -58,7 +57,6 @@ class Prepared:
     descr: dict[str, Any]
     common: dict[str, Any]
     scored: bool = True
-    notes: list[str] = field(default_factory=list)
 
     @property
     def cell(self) -> str:
@@ -66,7 +64,13 @@ class Prepared:
         return cell_id(self.identity)
 
 
-def prepare(session: Session, suite_name: str, method: str, reference: CellStore | None = None) -> Prepared:
+def prepare(
+    session: Session,
+    suite_name: str,
+    method: str,
+    reference: CellStore | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Prepared:
     """Find what a method needs on a suite and name the cell.
 
     Args:
@@ -74,6 +78,7 @@ def prepare(session: Session, suite_name: str, method: str, reference: CellStore
         suite_name: Name of the suite.
         method: Name of the method.
         reference: The cell that a matched method is matched to, already run.
+        note: Told what takes a while or should be known.
 
     Raises:
         MissingCheckpointError: No trained memory or no threshold; the message has the commands.
@@ -90,7 +95,7 @@ def prepare(session: Session, suite_name: str, method: str, reference: CellStore
     )
     references = _reference_samples(session, suite, reference)
     settings = _matched(settings, spec, request.match, references)
-    found = _thresholds(session, spec, suite, settings)
+    found = _thresholds(session, spec, suite, settings, note)
     context = BuildContext(
         backbone=session.backbone,
         suite=suite,
@@ -102,12 +107,13 @@ def prepare(session: Session, suite_name: str, method: str, reference: CellStore
         reference=references,
         match=request.match,
     )
-    bank = _bank(session, spec, context, checkpoint)
+    bank = _bank(session, spec, context, checkpoint, note)
     identity = _identity(session, spec, context, checkpoint, bank, reference)
     prepared = Prepared(spec, suite, context, identity, {}, {}, scored=not _untrained(spec, checkpoint))
     prepared.common = _common(session, prepared, checkpoint, found)
     prepared.descr = _description(session, prepared, checkpoint, found)
-    prepared.notes = list(checkpoint.notes) if checkpoint else []
+    for text in checkpoint.notes if checkpoint else ():
+        note(text)
     return prepared
 
 
@@ -178,7 +184,9 @@ def _reference_samples(session: Session, suite: Suite, reference: CellStore | No
     return known
 
 
-def _thresholds(session: Session, spec: MethodSpec, suite: Suite, settings: Settings) -> FoundThresholds | None:
+def _thresholds(
+    session: Session, spec: MethodSpec, suite: Suite, settings: Settings, note: Callable[[str], None]
+) -> FoundThresholds | None:
     kind = spec.threshold_kind(settings)
     if kind is None:
         return None
@@ -189,6 +197,7 @@ def _thresholds(session: Session, spec: MethodSpec, suite: Suite, settings: Sett
     except MissingCheckpointError:
         if not request.calibrate_missing:
             raise
+    note(f"no {kind} threshold for {suite.name} under these monitor settings yet: calibrating")
     calibrate_into_results(session, suite, settings)
     return find_thresholds(*where)
 
@@ -210,13 +219,19 @@ def calibrate_into_results(session: Session, suite: Suite, settings: Settings, l
         thresholds.save(folder / file_name(kind, settings.monitor))
 
 
-def _bank(session: Session, spec: MethodSpec, context: BuildContext, checkpoint: Checkpoint | None) -> str | None:
+def _bank(
+    session: Session,
+    spec: MethodSpec,
+    context: BuildContext,
+    checkpoint: Checkpoint | None,
+    note: Callable[[str], None],
+) -> str | None:
     """Put the bank into the context, making it if need be, and return its hash."""
     if not spec.needs_bank:
         return None
     parts = _memory_parts(session, spec, context, checkpoint)
     name = bank_hash(parts)
-    context.bank = find_or_make_bank(session.request.results_dir, name, context)
+    context.bank = find_or_make_bank(session.request.results_dir, name, context, note)
     return name
 
 

@@ -126,10 +126,8 @@ def _run_one(
     (spec,) = get_methods([method])
     reference = results[suite, spec.reference] if spec.reference else None
     found = [cell for cell in session.store.cells() if reference is not None and cell.cell_id == reference.cell]
-    prepared = prepare(session, suite, method, found[0] if found else None)
+    prepared = prepare(session, suite, method, found[0] if found else None, progress.note)
     prepared.descr.update(descr)
-    for note in prepared.notes:
-        progress.note(note)
     return run_cell(session, prepared, progress, stop)
 
 

@@ -74,6 +74,18 @@ def test_placebos_keep_the_first_moment_and_run_the_real_source(on_hops_list, me
     assert all(row["consolidate_ms"] > 0 for row in cells[method].rows if row["triggers"])
 
 
+def test_placebos_share_one_bank_of_other_samples(on_hops_list, bench):
+    from collections import Counter
+
+    from flashmem.placebo import MemoryBank
+
+    (path,) = (on_hops_list[0] / "banks").iterdir()
+    bank = MemoryBank.load(path)
+    assert len(bank) - max(Counter(bank.answers).values()) >= 64
+    tested = {sample.answer for sample in bench.suites["hops-list"].samples()}
+    assert not tested & set(bank.answers), "the bank comes from the calibration split"
+
+
 @pytest.mark.parametrize("suite", SUITES)
 def test_every_suite_runs_on_two_methods(bench, tmp_path, suite):
     results = bench.run(bench.results(tmp_path / "results"), suite, "vanilla,flashmem", limit=3)
