@@ -138,7 +138,7 @@ def test_recall_reaches_long_contexts():
         row = generate("recall", "test", 1, pairs=pairs)[0]
         assert len(facts_of(row["prompt"])) == pairs and row["stratum"] == f"n={pairs}"
         words = recall_suite.words_per_key(pairs)
-        assert abs(pairs * (3 + words) / tokens - 1) < 0.1 or pairs in (48, 3000)
+        assert abs(pairs * (2 + 2 * words) / tokens - 1) < 0.1 or pairs in (48, 3000)
 
 
 @pytest.mark.parametrize(

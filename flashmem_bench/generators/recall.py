@@ -23,14 +23,13 @@ def words_per_key(pairs: int) -> int:
 
 
 def pairs_for_tokens(tokens: int) -> int:
-    """About how many pairs fill `tokens` tokens of the bundled tokenizer (a pair costs three tokens plus its
-    key).
-    """
+    """About how many pairs fill `tokens` tokens of the bundled tokenizer (two a pair, two a word of its
+    key)."""
     for words in (1, 2, 3):
-        pairs = tokens // (3 + words)
+        pairs = tokens // (2 + 2 * words)
         if words_per_key(pairs) <= words:
             return max(2, pairs)
-    return tokens // 6
+    return tokens // 8
 
 
 def _keys(rng: random.Random, pairs: int) -> list[str]:

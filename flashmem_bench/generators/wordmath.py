@@ -19,7 +19,7 @@ ITEMS = "apples books cards coins cups eggs keys pens shells stamps stones toys"
 BOXES = "bags boxes jars".split()
 _GAINS = ("{who} buys {y} more.", "{who} finds {y} more.", "{other} gives {who} {y} more.")
 _LOSSES = ("{who} gives {y} to {other}.", "{who} loses {y}.", "{who} sells {y}.")
-_LARGEST = 99
+_LARGEST = 60
 
 
 @dataclass
@@ -43,11 +43,11 @@ def _open(rng: random.Random, boxes: bool) -> _Problem:
     """The first sentence; with `boxes` it already holds one multiplication."""
     who, item = rng.choice(NAMES), rng.choice(ITEMS)
     if not boxes:
-        problem = _Problem(who, item, rng.randint(2, 30))
+        problem = _Problem(who, item, rng.randint(2, 12))
         problem.said.append(f"{who} has {problem.amount} {item}.")
         return problem
-    problem = _Problem(who, item, rng.randint(2, 9))
-    y = rng.randint(2, 9)
+    problem = _Problem(who, item, rng.randint(2, 6))
+    y = rng.randint(2, 6)
     sentence = f"{who} has {problem.amount} {rng.choice(BOXES)} with {y} {item} each."
     problem.step(sentence, "*", y, problem.amount * y)
     return problem
@@ -62,9 +62,9 @@ def _possible(amount: int, last: bool) -> list[str]:
         kinds.append("gain")
     if amount >= 3:
         kinds.append("loss")
-    if 2 <= amount <= _LARGEST // 2:
+    if 2 <= amount <= 12:
         kinds.append("times")
-    if last and any(amount % y == 0 for y in range(2, 10)):
+    if last and any(amount % y == 0 for y in range(2, 7)):
         kinds.append("share")
     return kinds
 
@@ -75,17 +75,17 @@ def _change(rng: random.Random, problem: _Problem, last: bool) -> None:
     amount, who = problem.amount, problem.who
     other = rng.choice([name for name in NAMES if name != who])
     if kind == "gain":
-        y = rng.randint(2, min(30, _LARGEST - amount))
+        y = rng.randint(2, min(12, _LARGEST - amount))
         problem.step(rng.choice(_GAINS).format(who=who, other=other, y=y), "+", y, amount + y)
     elif kind == "loss":
-        y = rng.randint(2, min(30, amount - 1))
+        y = rng.randint(2, min(12, amount - 1))
         problem.step(rng.choice(_LOSSES).format(who=who, other=other, y=y), "-", y, amount - y)
     elif kind == "times":
-        y = rng.randint(2, min(9, _LARGEST // amount))
+        y = rng.randint(2, min(5, _LARGEST // amount))
         problem.step(f"{other} has {y} times as many as {who}.", "*", y, amount * y)
         problem.who = other
     else:
-        y = rng.choice([y for y in range(2, 10) if amount % y == 0])
+        y = rng.choice([y for y in range(2, 7) if amount % y == 0])
         problem.step(f"{who} shares them equally among {y} friends.", "/", y, amount // y)
         problem.each = True
 
