@@ -139,7 +139,7 @@ class Backbone:
             config = AutoConfig.from_pretrained(name_or_path, **options)
             _require_supported(config)
             model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=_dtype(dtype), **options)
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options)
+            tokenizer = _tokenizer(name_or_path, options)
         except (OSError, ValueError) as error:
             raise FlashMemError(
                 f"Cannot load a model from {str(name_or_path)!r}: give a folder with config.json, weights and "
@@ -443,6 +443,21 @@ def _require_supported(config: Any) -> None:
         )
     if getattr(config, "use_bidirectional_attention", False):
         raise UnsupportedBackboneError(f"This {kind} model attends in both directions: it has no causal KV cache.")
+
+
+def _tokenizer(name_or_path: str | Path, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer that the files describe.
+
+    For some families AutoTokenizer takes the family's own class whatever the files say, and with it another
+    pre-tokenizer; a folder that names the generic class means its tokenizer.json as it stands.
+    """
+    from transformers import PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    named = get_tokenizer_config(name_or_path, **options).get("tokenizer_class")
+    if named in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+        return PreTrainedTokenizerFast.from_pretrained(name_or_path)
+    return AutoTokenizer.from_pretrained(name_or_path, **options)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, TextStreamer
 
-from flashmem import ConfigError, MemoryConfig, PromptTooLongError, TriggerConfig, generate, new_memory
+from flashmem import Backbone, ConfigError, MemoryConfig, PromptTooLongError, TriggerConfig, generate, new_memory
 from tests.flashmem.conftest import make_backbone, prompts_of, reference_model
 
 GREEDY = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=2)
@@ -143,3 +143,13 @@ def test_streamer_sees_every_token(backbone, capsys) -> None:
 def test_bad_calls_are_named(backbone, call: dict, error: type[Exception]) -> None:
     with pytest.raises(error):
         generate(backbone, call.pop("prompts"), **call)
+
+
+def test_folder_with_a_generic_tokenizer_keeps_its_pre_tokenizer(tmp_path) -> None:
+    """AutoTokenizer gives every Qwen2 model the family's own class, and with it another way to cut words."""
+    backbone = make_backbone("qwen2")
+    backbone.model.save_pretrained(tmp_path)
+    backbone.tokenizer.save_pretrained(tmp_path)
+    loaded = Backbone.from_pretrained(tmp_path)
+    assert loaded.encode("w7 w8") == backbone.encode("w7 w8") == [11, 12]
+    assert loaded.fingerprint == backbone.fingerprint
