@@ -24,7 +24,8 @@ def words_per_key(pairs: int) -> int:
 
 def pairs_for_tokens(tokens: int) -> int:
     """About how many pairs fill `tokens` tokens of the bundled tokenizer (two a pair, two a word of its
-    key)."""
+    key).
+    """
     for words in (1, 2, 3):
         pairs = tokens // (2 + 2 * words)
         if words_per_key(pairs) <= words:

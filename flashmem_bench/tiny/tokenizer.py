@@ -87,7 +87,7 @@ def build_tokenizer(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer saved in `folder`."""
-    from transformers import AutoTokenizer
+    """The tokenizer exactly as `folder`'s tokenizer.json describes it, which `AutoTokenizer` may not give."""
+    from transformers import PreTrainedTokenizerFast
 
-    return AutoTokenizer.from_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
