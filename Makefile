@@ -12,10 +12,10 @@ BENCH := $(BIN)/flashmem-bench
 TORCH := $(shell grep -i '^torch==' constraints.txt)
 TORCH_INDEX ?=
 DEMO_LIMIT ?= 40
-TINY_MINUTES ?= 15
+TINY_MINUTES ?= 21
 METHODS := vanilla,flashmem,flashmem-literal,flashmem-prompt-end,flashmem-no-monitor,flashmem-fixed-trigger,flashmem-random-trigger,flashmem-output-entropy,flashmem-separate-encoder,flashmem-random-memory,flashmem-shuffled-memory,flashmem-mean-memory,flashmem-noop-memory
 
-.PHONY: setup demo test test-all report tiny lint wheel clean
+.PHONY: setup demo test test-all report tiny memories lint wheel clean
 
 setup: $(STAMP)
 
@@ -43,6 +43,15 @@ report: setup
 # The bundled backbone from scratch; the real training splits come from FLASHMEM_DATA. Stopped, it continues.
 tiny: setup
 	$(BIN)/python -m flashmem_bench.tiny.pretrain --minutes $(TINY_MINUTES)
+
+# Memories and thresholds for the bundled backbone: two trainings side by side, one core each.
+MEMORY := --suite wordmath,hops,hops-list,recall,babi --minutes 11 --lr 1e-3 --batch-size 24 --insertion mixed --limit 6000 --validation 150 --provisional --quiet
+BUNDLED := flashmem_bench/tiny/weights
+memories: setup
+	OMP_NUM_THREADS=1 $(BENCH) train --method flashmem $(MEMORY) --out $(BUNDLED)/checkpoints/joint/flashmem/seed0 & \
+	OMP_NUM_THREADS=1 $(BENCH) train --method flashmem-separate-encoder $(MEMORY) --out $(BUNDLED)/checkpoints/joint/flashmem-separate-encoder/seed0; \
+	wait
+	$(BENCH) calibrate --suite wordmath,hops,hops-list,recall,babi,gsm8k --limit 100 --joint --out $(BUNDLED)/thresholds
 
 lint: setup
 	$(BIN)/ruff check .

@@ -5,7 +5,9 @@ trained on this suite; the bundled one for this suite; the bundled joint one. `s
 this suite alone, on several of which this is one, or on others.
 
 A checkpoint that breaks more than 2 % of the validation samples that the plain backbone solved is never used by
-default: it is skipped with a sentence, and only naming it with `--checkpoint` overrides that. This module reads the
+default: it is skipped with a sentence, and only naming it with `--checkpoint` overrides that. The one exception is
+a checkpoint that was marked provisional when it was made, so that commands run before a good memory exists: it is
+used, with a sentence that says what it breaks. This module reads the
 JSON part of a checkpoint and never its weights, so it needs no torch; whether it fits the backbone is checked when it
 is loaded.
 """
@@ -100,13 +102,16 @@ def find_checkpoint(results: Path, model: str, suite: str, method: str, named: s
     notes: list[str] = []
     for folder in _candidates(results, model, suite, method):
         record = read_record(folder)
-        harm = harm_of(record.get("metadata") or {}, suite)
+        metadata = record.get("metadata") or {}
+        harm = harm_of(metadata, suite)
         if harm is not None and harm > HARM_LIMIT:
-            notes.append(
-                f"skipped the checkpoint {folder}: it breaks {harm:.1%} of the validation samples, more than "
-                f"{HARM_LIMIT:.0%}; use it all the same with --checkpoint {folder}"
-            )
-            continue
+            broken = f"it breaks {harm:.1%} of the validation samples, more than {HARM_LIMIT:.0%}"
+            if not metadata.get("provisional"):
+                notes.append(
+                    f"skipped the checkpoint {folder}: {broken}; use it all the same with --checkpoint {folder}"
+                )
+                continue
+            notes.append(f"the {method} memory is provisional: on {suite} {broken}")
         return Checkpoint(folder, _scope(record, suite), record, tuple(notes))
     raise MissingCheckpointError("; ".join([*notes, _missing(results, model, suite, method)]))
 

@@ -55,6 +55,7 @@ class FitRequest:
         examples: Training samples a suite at most.
         validation: Validation samples a suite at most.
         out: Folder of the checkpoint; None = the place where `run` looks first.
+        provisional: It may be used by default although it does harm.
     """
 
     method: str
@@ -63,6 +64,7 @@ class FitRequest:
     examples: int | None = None
     validation: int = 200
     out: Path | None = None
+    provisional: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in TRAINABLE:
@@ -284,6 +286,7 @@ def _metadata(
         "suite_hashes": {name: session.suite(name).content_hash for name in session.request.suites},
         "train_seed": train.seed,
         "targets": wanted.targets,
+        "provisional": wanted.provisional,
         "insertion": train.insertion,
         "examples": examples,
         "steps": report.steps,

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from flashmem.errors import FlashMemError
+from flashmem_bench.checkpoints import find_checkpoint
 from flashmem_bench.clock import FakeClock
 from flashmem_bench.errors import MissingCheckpointError, UsageError
 from flashmem_bench.rows import make_prompt, trigger_hits
@@ -200,6 +201,10 @@ def test_harmful_checkpoint_is_not_a_default(bench, tmp_path):
         bench.run(results, "hops", "flashmem", limit=1)
     (named,) = bench.run(results, "hops", "flashmem", limit=1, checkpoint=str(config.parent))
     assert named.status == "complete"
+    record["metadata"]["provisional"] = True
+    config.write_text(json.dumps(record))
+    found = find_checkpoint(results, str(bench.model), "hops", "flashmem")
+    assert found.path == config.parent and "provisional: on hops it breaks 3.1%" in found.notes[0]
 
 
 def test_foreign_checkpoint_and_threshold_are_refused(bench, tmp_path):

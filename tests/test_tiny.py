@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 
 import pytest
 import torch
@@ -162,15 +163,20 @@ def test_an_exported_model_loads_as_a_plain_hugging_face_folder(tokenizer, tmp_p
     assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=0.05)
 
 
-def test_a_new_tokenizer_survives_auto_tokenizer(tokenizer, tmp_path):
-    from transformers import AutoTokenizer
-
-    pretrain.new_model(MICRO, tokenizer).config.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    text = "Ana has 14 cups. Anatomy of Bob -> Eve\n4 + 3 = 7\n#### 7"
-    ids = tokenizer.encode(text)
-    assert AutoTokenizer.from_pretrained(tmp_path).encode(text) == ids
-    assert load_tokenizer(tmp_path).encode(text) == ids
+def test_a_pause_is_not_learned_and_moves_nothing_else(tokenizer):
+    chance = random.Random(0)
+    for task in ("hops", "wordmath", "hops-list"):
+        row = pretrain.encode(tokenizer, Corpus().text(task, 3, 5, 2))
+        for _ in range(30):
+            paused = pretrain.with_pause(row, chance, range(10, 200), newline=7)
+            kept = [i for i, w in enumerate(paused.weights) if w > 0 or paused.weights == row.weights]
+            assert [paused.weights[i] for i in kept] == row.weights
+            extra = len(paused.ids) - len(row.ids)
+            assert 1 <= extra <= pretrain.PAUSE_LENGTH and len(paused.weights) == len(row.weights) + extra
+            # The answer still follows the prompt, in order, around the pause.
+            start = len(paused.ids) - len(paused.weights)
+            answer = [paused.ids[start + i] for i in kept]
+            assert paused.ids[:start] + answer == row.ids
 
 
 def test_all_bundled_weights_are_small():

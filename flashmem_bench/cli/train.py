@@ -41,6 +41,9 @@ def train(
     out: Annotated[
         o.Path | None, typer.Option("--out", help="Folder of the checkpoint.", rich_help_panel=_PANEL)
     ] = None,
+    provisional: Annotated[
+        bool, typer.Option("--provisional", help="Usable by default whatever its harm.", rich_help_panel=_PANEL)
+    ] = False,
     device: o.Device = "auto",
     dtype: o.DType = "float32",
     set_: o.Set = None,
@@ -90,6 +93,7 @@ def train(
         examples=o.count(limit, "--limit"),
         validation=o.count(validation, "--validation") or 200,
         out=out,
+        provisional=provisional,
     )
     return _execute(Session(request), wanted, json=json, quiet=quiet)
 
@@ -142,7 +146,7 @@ def _show(request: Request, wanted: FitRequest, result: FitResult) -> None:
               f"{facts['memory_score_by_suite'][name]:.3f} (gain {facts['gain_by_suite'][name]:.3f}, harm "
               f"{facts['harm_by_suite'][name]:.3f})")  # fmt: skip
     harmful = [name for name in facts["suites"] if facts["harm_by_suite"][name] > HARM_LIMIT]
-    if harmful:
+    if harmful and not wanted.provisional:
         print(f"harm is above {HARM_LIMIT:.0%} on {', '.join(harmful)}: there it is used only with --checkpoint")
     print(f"checkpoint: {result.path}")
     options = command_options(request.results_dir, request.model)

@@ -154,7 +154,7 @@ class Corpus:
 
     def _hops_list(self, index: int, facts: int, steps: int) -> Text:
         plain = facts < 5 or index % 3 == 0
-        cyclic = not plain or facts >= 8
+        cyclic = not plain or facts >= 8 or index % 2 == 0
         high = min(16, facts if plain else facts * 4 // 3)
         share = 0.0 if plain else 0.25
         settings = {"facts": facts, "items": (max(2, high // 2), high), "two_link_share": share, "cyclic": cyclic}
