@@ -11,7 +11,7 @@ STAMP := $(VENV)/.flashmem-installed
 BENCH := $(BIN)/flashmem-bench
 TORCH := $(shell grep -i '^torch==' constraints.txt)
 TORCH_INDEX ?=
-DEMO_LIMIT ?= 40
+DEMO_LIMIT ?= 100
 TINY_MINUTES ?= 21
 METHODS := vanilla,flashmem,flashmem-literal,flashmem-prompt-end,flashmem-no-monitor,flashmem-fixed-trigger,flashmem-random-trigger,flashmem-output-entropy,flashmem-separate-encoder,flashmem-random-memory,flashmem-shuffled-memory,flashmem-mean-memory,flashmem-noop-memory
 

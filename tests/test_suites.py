@@ -574,7 +574,7 @@ def test_a_task_of_lm_eval_loads_with_its_own_prompt(monkeypatch):
     sample = suite.samples()[0]
     assert sample.prompt.count("Question:") == 6 and sample.prompt.endswith("\nAnswer:")
     assert suite.grade(sample, "#### 0").score == 1.0 and suite.grade(sample, "none").parse_status == "no_answer"
-    assert suite.primary_metric == "exact_match,strict-match" and suite.generation.max_new_tokens == 512
+    assert suite.primary_metric == "exact_match,strict-match" and suite.generation.max_new_tokens == 256
 
 
 def test_tasks_that_score_given_answers_are_refused():
