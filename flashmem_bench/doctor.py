@@ -164,10 +164,11 @@ def _memories(configs: list[Path]) -> Iterator[Check]:
     if not configs:
         yield Check("memories", "warning", "none bundled; make one with flashmem-bench train")
     for config in configs:
-        harm = read_record(config.parent).get("metadata", {}).get("harm")
+        metadata = read_record(config.parent).get("metadata", {})
+        harm, default = metadata.get("harm"), "provisional" if metadata.get("provisional") else "not used by default"
         known = "harm not measured" if harm is None else f"harm {harm:.1%}"
         status = "warning" if harm is not None and harm > HARM_LIMIT else "ok"
-        note = f", above {HARM_LIMIT:.0%}: not used by default" if status == "warning" else ""
+        note = f", above {HARM_LIMIT:.0%}: {default}" if status == "warning" else ""
         yield Check("memory", status, f"{'/'.join(config.parent.parts[-3:])}: {known}{note}")
 
 

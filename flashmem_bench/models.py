@@ -69,6 +69,8 @@ def load_backbone(model: str, device: str = "auto", dtype: str = "auto") -> Back
     from flashmem.backbone import Backbone
 
     logging.disable_progress_bar()
+    # Prompts beyond the trained context are noticed, and said, by the runner itself.
+    logging.set_verbosity_error()
     # Prompts come one at a time: handing each to a pool of threads costs more than tokenising it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     source = str(bundled_weights()) if model == BUNDLED else model
