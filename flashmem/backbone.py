@@ -14,27 +14,19 @@ Invariant: the history goes through the backbone once. `DecodeState.encoded` cou
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmem import monitor as monitoring
-from flashmem.errors import ConfigError, FlashMemError, PromptTooLongError, UnsupportedBackboneError
+from flashmem.errors import ConfigError, FlashMemError, PromptTooLongError
+from flashmem.loading import load, require_supported
 from flashmem.monitor import MonitorConfig
 
-FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma2", "gemma3_text", "phi3")
 # These models take one mask per layer type; the others take one tensor.
 _MASK_PER_TYPE = frozenset({"qwen2", "qwen3", "gemma2", "gemma3_text"})
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -106,7 +98,7 @@ class Backbone:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
-        _require_supported(self.model.config)
+        require_supported(self.model.config)
         self.model.set_attn_implementation(monitoring.register())
         self.model.eval().requires_grad_(False)
         self._tap: monitoring.AttentionTap | None = None
@@ -131,20 +123,10 @@ class Backbone:
             trust_remote_code: run code that comes with the model; off unless asked.
 
         Raises:
-            UnsupportedBackboneError: the family is not one of `FAMILIES`.
+            UnsupportedBackboneError: the family is not one of `flashmem.loading.FAMILIES`.
             FlashMemError: nothing is found under that name.
         """
-        options = {"trust_remote_code": trust_remote_code}
-        try:
-            config = AutoConfig.from_pretrained(name_or_path, **options)
-            _require_supported(config)
-            model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=_dtype(dtype), **options)
-            tokenizer = _tokenizer(name_or_path, options)
-        except (OSError, ValueError) as error:
-            raise FlashMemError(
-                f"Cannot load a model from {str(name_or_path)!r}: give a folder with config.json, weights and "
-                f"tokenizer, or a hub id while connected ({_first_line(error)})."
-            ) from error
+        model, tokenizer = load(name_or_path, dtype, trust_remote_code)
         return cls(Path(name_or_path).name, model.to(device), tokenizer)
 
     @property
@@ -432,41 +414,3 @@ class Backbone:
         state.logits = torch.where(rows[:, None], logits, state.logits)
         state.hidden = torch.where(rows[:, None], newest, state.hidden)
         state.entropy = torch.where(rows, entropy, state.entropy)
-
-
-def _require_supported(config: Any) -> None:
-    kind = getattr(config, "model_type", "unknown")
-    if kind not in FAMILIES:
-        raise UnsupportedBackboneError(
-            f"The family {kind!r} is not supported: its attention or cache has not been checked against the monitor. "
-            f"Use one of {', '.join(FAMILIES)}."
-        )
-    if getattr(config, "use_bidirectional_attention", False):
-        raise UnsupportedBackboneError(f"This {kind} model attends in both directions: it has no causal KV cache.")
-
-
-def _tokenizer(name_or_path: str | Path, options: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer that the files describe.
-
-    For some families AutoTokenizer takes the family's own class whatever the files say, and with it another
-    pre-tokenizer; a folder that names the generic class means its tokenizer.json as it stands.
-    """
-    from transformers import PreTrainedTokenizerFast
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
-
-    named = get_tokenizer_config(name_or_path, **options).get("tokenizer_class")
-    if named in ("PreTrainedTokenizerFast", "TokenizersBackend"):
-        return PreTrainedTokenizerFast.from_pretrained(name_or_path)
-    return AutoTokenizer.from_pretrained(name_or_path, **options)
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ConfigError(f"Unknown dtype {name!r}: use float32, bfloat16 or float16.")
-    return dtype
-
-
-def _first_line(error: Exception) -> str:
-    lines: Iterator[str] = iter(str(error).splitlines())
-    return next(lines, type(error).__name__).rstrip(".")

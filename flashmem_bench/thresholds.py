@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from flashmem.backbone import Backbone
     from flashmem.calibration import Threshold
     from flashmem_bench.settings import Settings
-    from flashmem_bench.tasks import Suite
+    from flashmem_bench.tasks import Sample, Suite
 
 FORMAT_VERSION = 1
 POOLED = ""
@@ -213,11 +213,7 @@ def calibrate_suite(
         generation_config=GenerationConfig(**generation),
         on_sample=(lambda done: on_sample(done, len(samples))) if on_sample else None,
     )
-    groups = {POOLED: list(range(len(samples)))}
-    if suite.calibrate_by == "stratum":
-        for index, sample in enumerate(samples):
-            groups.setdefault(sample.stratum or POOLED, []).append(index)
-        groups[POOLED] = list(range(len(samples)))
+    groups = _groups(suite, samples)
     provenance = {
         "suite_hash": suite.content_hash,
         "samples": len(samples),
@@ -238,6 +234,16 @@ def calibrate_suite(
         )
         for kind in ENTROPY_KINDS
     }
+
+
+def _groups(suite: Suite, samples: Sequence[Sample]) -> dict[str, list[int]]:
+    """Indices of the samples that share a threshold: all of them, and each stratum where the suite asks for it."""
+    groups: dict[str, list[int]] = {}
+    if suite.calibrate_by == "stratum":
+        for index, sample in enumerate(samples):
+            groups.setdefault(sample.stratum or POOLED, []).append(index)
+    groups[POOLED] = list(range(len(samples)))
+    return groups
 
 
 def joint_thresholds(backbone: Backbone, parts: Sequence[Thresholds]) -> Thresholds:
