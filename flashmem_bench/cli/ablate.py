@@ -44,17 +44,15 @@ def ablate(
     """
     o.set_up_logging(debug)
     from flashmem_bench.ablations import AXES, DEFAULT_LIMIT, DEFAULT_METHOD, get_axis, points
-    from flashmem_bench.cli.lists import show_rows
     from flashmem_bench.errors import UsageError
     from flashmem_bench.registry import get_methods
     from flashmem_bench.session import Request
     from flashmem_bench.settings import parse_assignments
 
-    if list_ or axis is None:
-        if axis is None and not list_:
-            raise UsageError(f"name an axis: {', '.join(entry.name for entry in AXES)}")
-        rows = [{"axis": a.name, "what": a.summary, "values": ", ".join(a.values)} for a in AXES]
-        return show_rows(rows, json=json)
+    if list_:
+        return _list_axes(json)
+    if axis is None:
+        raise UsageError(f"name an axis: {', '.join(entry.name for entry in AXES)}")
     chosen = get_axis(axis)
     request = Request(
         suites=o.known_suites(suite or ["wordmath"]),
@@ -76,6 +74,14 @@ def ablate(
         command=o.command_line(),
     )
     return run_axis(request, chosen, points(chosen, o.split_list(values)), json=json, quiet=quiet)
+
+
+def _list_axes(json: bool) -> int:
+    from flashmem_bench.ablations import AXES
+    from flashmem_bench.cli.lists import show_rows
+
+    rows = [{"axis": a.name, "what": a.summary, "values": ", ".join(a.values)} for a in AXES]
+    return show_rows(rows, json=json)
 
 
 def run_axis(request: Request, axis: Axis, wanted: list[Point], *, json: bool, quiet: bool) -> int:

@@ -15,35 +15,42 @@ if TYPE_CHECKING:
 _PANEL = "Training"
 
 
+_Minutes = Annotated[str | None, typer.Option("--minutes", help="Stop after this time.", rich_help_panel=_PANEL)]
+_Steps = Annotated[str | None, typer.Option("--steps", help="Optimiser steps.", rich_help_panel=_PANEL)]
+_Epochs = Annotated[str, typer.Option("--epochs", help="Passes over the examples.", rich_help_panel=_PANEL)]
+_BatchSize = Annotated[str, typer.Option("--batch-size", help="Examples a step.", rich_help_panel=_PANEL)]
+_Lr = Annotated[str, typer.Option("--lr", help="Peak learning rate.", rich_help_panel=_PANEL)]
+_Insertion = Annotated[
+    str, typer.Option("--insertion", help="Where memories go: prompt-end or mixed.", rich_help_panel=_PANEL)
+]
+_Targets = Annotated[
+    str | None,
+    typer.Option("--targets", help="gold, or self: the backbone's own right answers.", rich_help_panel=_PANEL),
+]
+_TrainSeed = Annotated[str, typer.Option("--train-seed", help="Seed.", rich_help_panel=_PANEL)]
+_Validation = Annotated[str, typer.Option("--validation", help="Validation samples a suite.", rich_help_panel=_PANEL)]
+_Out = Annotated[o.Path | None, typer.Option("--out", help="Folder of the checkpoint.", rich_help_panel=_PANEL)]
+_Provisional = Annotated[
+    bool, typer.Option("--provisional", help="Usable by default whatever its harm.", rich_help_panel=_PANEL)
+]
+
+
 def train(
     method: o.Methods = None,
     suite: o.Suites = None,
     model: o.Model = "flashmem-tiny",
     limit: o.Limit = None,
-    minutes: Annotated[
-        str | None, typer.Option("--minutes", help="Stop after this time.", rich_help_panel=_PANEL)
-    ] = None,
-    steps: Annotated[str | None, typer.Option("--steps", help="Optimiser steps.", rich_help_panel=_PANEL)] = None,
-    epochs: Annotated[str, typer.Option("--epochs", help="Passes over the examples.", rich_help_panel=_PANEL)] = "5",
-    batch_size: Annotated[str, typer.Option("--batch-size", help="Examples a step.", rich_help_panel=_PANEL)] = "64",
-    lr: Annotated[str, typer.Option("--lr", help="Peak learning rate.", rich_help_panel=_PANEL)] = "1e-5",
-    insertion: Annotated[
-        str, typer.Option("--insertion", help="Where memories go: prompt-end or mixed.", rich_help_panel=_PANEL)
-    ] = "prompt-end",
-    targets: Annotated[
-        str | None,
-        typer.Option("--targets", help="gold, or self: the backbone's own right answers.", rich_help_panel=_PANEL),
-    ] = None,
-    train_seed: Annotated[str, typer.Option("--train-seed", help="Seed.", rich_help_panel=_PANEL)] = "0",
-    validation: Annotated[
-        str, typer.Option("--validation", help="Validation samples a suite.", rich_help_panel=_PANEL)
-    ] = "200",
-    out: Annotated[
-        o.Path | None, typer.Option("--out", help="Folder of the checkpoint.", rich_help_panel=_PANEL)
-    ] = None,
-    provisional: Annotated[
-        bool, typer.Option("--provisional", help="Usable by default whatever its harm.", rich_help_panel=_PANEL)
-    ] = False,
+    minutes: _Minutes = None,
+    steps: _Steps = None,
+    epochs: _Epochs = "5",
+    batch_size: _BatchSize = "64",
+    lr: _Lr = "1e-5",
+    insertion: _Insertion = "prompt-end",
+    targets: _Targets = None,
+    train_seed: _TrainSeed = "0",
+    validation: _Validation = "200",
+    out: _Out = None,
+    provisional: _Provisional = False,
     device: o.Device = "auto",
     dtype: o.DType = "float32",
     set_: o.Set = None,
