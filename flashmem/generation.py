@@ -202,6 +202,9 @@ class _Loop:
 
     def run(self) -> list[Generation]:
         self.backbone.observe(self.watch_attention, clock=self.clock)
+        if self.streamer is not None:
+            # As transformers does: a streamer with skip_prompt drops the first thing that it is given.
+            self.streamer.put(torch.tensor(self.prompts))
         try:
             with self.clock.phase("prefill"):
                 keep = self.memory is not None and self.memory.needs_history

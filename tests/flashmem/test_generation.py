@@ -125,7 +125,7 @@ def test_stop_string_ends_and_is_cut_from_the_text(backbone) -> None:
 
 
 def test_streamer_sees_every_token(backbone, capsys) -> None:
-    streamer = TextStreamer(backbone.tokenizer)
+    streamer = TextStreamer(backbone.tokenizer, skip_prompt=True)
     (run,) = generate(backbone, prompts_of(11), generation_config=GREEDY, streamer=streamer)
     assert capsys.readouterr().out.split() == backbone.tokenizer.decode(run.token_ids).split()
 
