@@ -41,6 +41,7 @@ report: setup
 	$(BENCH) report
 
 # The bundled backbone from scratch; the real training splits come from FLASHMEM_DATA. Stopped, it continues.
+# Memories and thresholds belong to one backbone: make memories comes after it.
 tiny: setup
 	$(BIN)/python -m flashmem_bench.tiny.pretrain --minutes $(TINY_MINUTES)
 
