@@ -123,7 +123,12 @@ def train_memory(
         raise ConfigError("Nothing to train on: the training split is empty.")
     if not memory.trained():
         raise ConfigError("This memory source has no parameters to train.")
-    return _Trainer(backbone, memory, examples, config, state_dir, on_step).run()
+    # Steps of 1e-5 vanish in bfloat16 weights: what learns is float32, the passes run in the backbone's dtype.
+    memory.float()
+    try:
+        return _Trainer(backbone, memory, examples, config, state_dir, on_step).run()
+    finally:
+        memory.to(backbone.dtype)
 
 
 def sequence_loss(

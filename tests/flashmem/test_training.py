@@ -14,6 +14,7 @@ from flashmem import (
     MemoryConfig,
     Threshold,
     TrainConfig,
+    TriggerConfig,
     calibrate,
     generate,
     new_memory,
@@ -89,6 +90,37 @@ def test_teacher_forced_entropies_equal_decoding(backbone) -> None:
     forced = target_entropies(backbone, prompts, [r.token_ids for r in runs])
     for run, row in zip(runs, forced, strict=True):
         assert row == pytest.approx(run.entropies, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "phi3"])
+@pytest.mark.parametrize("source", ["consolidator", "separate-encoder"])
+def test_a_bfloat16_backbone_trains_a_float32_memory(family: str, source: str) -> None:
+    backbone = make_backbone(family)
+    backbone.model.to(torch.bfloat16)
+    torch.manual_seed(0)
+    memory = new_memory(MemoryConfig(source=source, length=3), backbone)
+    seen = set()
+    config = TrainConfig(lr=1e-5, batch_size=8, max_steps=3, insertion="mixed")
+    start = {n: p.detach().float().clone() for n, p in memory.trained().items()}
+    moved = {}
+
+    def note(step) -> None:
+        seen.update(p.dtype for p in memory.trained().values())
+        moved.update({n: float((p.detach() - start[n]).abs().max()) for n, p in memory.trained().items()})
+
+    report = train_memory(backbone, memory, _examples(), config, on_step=note)
+    assert seen == {torch.float32} and all(np.isfinite(report.losses))
+    assert all(0 < step < 1e-3 for step in moved.values()), "a step of this size would vanish in bfloat16"
+    assert {p.dtype for p in memory.trained().values()} == {torch.bfloat16}
+    assert backbone.dtype == torch.bfloat16
+    run = generate(
+        backbone,
+        prompts_of(9),
+        memory=memory,
+        trigger=TriggerConfig(kind="prompt-end"),
+        generation_config=GenerationConfig(max_new_tokens=4),
+    )
+    assert run[0].latent_tokens == 3
 
 
 def test_resume_continues_where_it_stopped(tmp_path) -> None:
