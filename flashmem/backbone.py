@@ -103,6 +103,7 @@ class Backbone:
         self.model.eval().requires_grad_(False)
         self._tap: monitoring.AttentionTap | None = None
         self._fingerprint: str | None = None
+        self._mask_kinds = sorted(set(self.layer_types))
         self.observe(False)
 
     @classmethod
@@ -383,11 +384,10 @@ class Backbone:
         return sinks if self.monitor.count_latents else sinks | state.latents
 
     def _masks(self, state: DecodeState, queries: Tensor) -> Any:
-        kinds = sorted(set(self.layer_types))
-        masks = {kind: self._mask(state, queries, kind) for kind in kinds}
+        masks = {kind: self._mask(state, queries, kind) for kind in self._mask_kinds}
         if self.config.model_type in _MASK_PER_TYPE:
             return masks
-        return masks[kinds[0]]
+        return masks[self._mask_kinds[0]]
 
     def _mask(self, state: DecodeState, queries: Tensor, kind: str) -> Tensor | None:
         """`[B, 1, Q, T]`, or None where plain causality (or, for one query, full sight) is right."""
