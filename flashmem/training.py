@@ -26,11 +26,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flashmem.backbone import Backbone, DecodeState
+from flashmem.backbone import Backbone
 from flashmem.errors import ConfigError
-from flashmem.memory import MemoryContext, MemorySource
+from flashmem.memory import MemorySource
+from flashmem.training_loss import sequence_loss, target_entropies
 
-_IGNORE = -100
+__all__ = ["Example", "TrainConfig", "TrainReport", "TrainStep", "sequence_loss", "target_entropies", "train_memory"]
 
 
 @dataclass(frozen=True)
@@ -129,57 +130,6 @@ def train_memory(
         return _Trainer(backbone, memory, examples, config, state_dir, on_step).run()
     finally:
         memory.to(backbone.dtype)
-
-
-def sequence_loss(
-    backbone: Backbone, memory: MemorySource, prefixes: list[list[int]], targets: list[list[int]]
-) -> tuple[Tensor, int]:
-    """Cross-entropy of the targets after [prefix, M], summed over tokens, and the number of tokens.
-
-    Args:
-        backbone: frozen.
-        memory: the source that writes M from the state at the end of each prefix.
-        prefixes: token ids before M.
-        targets: token ids after M, each at least one long.
-    """
-    with torch.no_grad():
-        state = backbone.prefill(prefixes, keep_inputs=memory.needs_history)
-    latents = memory(MemoryContext(backbone, state, [0] * len(prefixes)))
-    ids, labels = _right_pad(targets, backbone)
-    # The last target token predicts nothing that counts, so it is not fed.
-    embeds = torch.cat([latents.to(backbone.dtype), backbone.embed(ids[:, :-1])], 1)
-    hidden = backbone.extend(state, embeds)
-    kept = hidden[:, latents.shape[1] - 1 :]
-    loss = torch.nn.functional.cross_entropy(
-        backbone.logits(kept).flatten(0, 1), labels.flatten(), ignore_index=_IGNORE, reduction="sum"
-    )
-    return loss, int((labels != _IGNORE).sum())
-
-
-def target_entropies(backbone: Backbone, prompts: list[list[int]], targets: list[list[int]]) -> list[list[float]]:
-    """Attention entropy at the decision step before each target token, teacher-forced, nats; one list a row.
-
-    Entry 0 is the prompt end. Prompts need two tokens or more. Rows of the monitored layer only, never T x T.
-    """
-    with torch.no_grad():
-        # The prompt's last token opens the second pass: its row is the prompt-end decision.
-        state: DecodeState = backbone.prefill([p[:-1] for p in prompts])
-        ids, _ = _right_pad(targets, backbone)
-        last = torch.tensor([[p[-1]] for p in prompts], device=backbone.device)
-        backbone.observe(True, rows=ids.shape[1])
-        try:
-            backbone.extend(state, backbone.embed(torch.cat([last, ids[:, :-1]], 1)))
-            rows = backbone.row_entropies()
-        finally:
-            backbone.observe(False)
-    return [r[: len(t)] for r, t in zip(rows.tolist(), targets, strict=True)]
-
-
-def _right_pad(targets: list[list[int]], backbone: Backbone) -> tuple[Tensor, Tensor]:
-    width = max(len(t) for t in targets)
-    ids = torch.tensor([t + [0] * (width - len(t)) for t in targets], device=backbone.device)
-    labels = torch.tensor([t + [_IGNORE] * (width - len(t)) for t in targets], device=backbone.device)
-    return ids, labels
 
 
 class _Trainer:
