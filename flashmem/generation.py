@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ from flashmem.backbone import Backbone, DecodeState
 from flashmem.errors import ConfigError, PromptTooLongError
 from flashmem.memory import MemoryContext, MemorySource, SampleContext
 from flashmem.trigger import ENTROPY_KINDS, Gate, RowStep, TriggerConfig, build_gate
+
+if TYPE_CHECKING:
+    from flashmem.trace import TraceRecorder
 
 __all__ = ["Clock", "Generation", "SampleContext", "Trigger", "generate"]
 
@@ -135,6 +138,7 @@ def generate(
     seed: int | None = None,
     keep_memories: bool = False,
     trace: bool = False,
+    recorder: TraceRecorder | None = None,
 ) -> list[Generation]:
     """Generate from a frozen backbone, with memory where the trigger says so.
 
@@ -152,6 +156,7 @@ def generate(
         seed: for sampling; row i draws from a stream of its own.
         keep_memories: keep what was written in `Generation.memories`.
         trace: record both entropies at every step even where the trigger does not need them.
+        recorder: keeps what every memory attended to, says and changes (see `flashmem.trace`); implies `trace`.
 
     Returns:
         One `Generation` a prompt, in order.
@@ -165,10 +170,16 @@ def generate(
         raise ConfigError("A trigger without a memory source: pass memory=, or the trigger kind never.")
     if streamer is not None and len(prompts) != 1:
         raise ConfigError("Streaming works for one prompt at a time.")
+    trace = trace or recorder is not None
     loop = _Loop(backbone, prompts, generation_config, memory, config, samples, clock or NullClock(), seed, trace)
     loop.literal = sampling_logits == "pre"
-    loop.streamer, loop.keep_memories = streamer, keep_memories
-    return loop.run()
+    loop.streamer, loop.keep_memories, loop.recorder = streamer, keep_memories, recorder
+    if recorder is None:
+        return loop.run()
+    with recorder.watching(backbone, prompts, memory, config, sampling_logits):
+        results = loop.run()
+    recorder.finish(results)
+    return results
 
 
 class _Loop:
@@ -199,6 +210,7 @@ class _Loop:
         self.running = [True] * len(prompts)
         self.streams = _streams(len(prompts), seed, backbone.device) if self.plan.do_sample else None
         self.literal, self.keep_memories, self.streamer = False, False, None
+        self.recorder: TraceRecorder | None = None
 
     def run(self) -> list[Generation]:
         self.backbone.observe(self.watch_attention, clock=self.clock)
@@ -226,12 +238,16 @@ class _Loop:
         if not self.watch_attention:
             return tokens
         chosen = self._decide(entropies, outputs)
-        if any(chosen):
-            self._write(state, chosen, entropies, outputs)
-            if not self.literal:
-                with self.clock.phase("sample"):
-                    again = self._sample(state.logits).tolist()
-                return [new if hit else old for new, old, hit in zip(again, tokens, chosen, strict=True)]
+        if not any(chosen):
+            return tokens
+        before, proposed = state.logits, tokens
+        self._write(state, chosen, entropies, outputs)
+        if not self.literal:
+            with self.clock.phase("sample"):
+                again = self._sample(state.logits).tolist()
+            tokens = [new if hit else old for new, old, hit in zip(again, proposed, chosen, strict=True)]
+        if self.recorder is not None:
+            self.recorder.injected(chosen, before, state.logits, proposed, tokens)
         return tokens
 
     def _look(self, state: DecodeState) -> tuple[list[int], list[float], list[float]]:
@@ -260,6 +276,8 @@ class _Loop:
             output = outputs[row] if self.watch_output else None
             step = RowStep(result.output_tokens, entropies[row], output, self.tails[row])
             chosen.append(self.active_trigger and self.gates[row].decide(step))
+        if self.recorder is not None:
+            self.recorder.decided(entropies, outputs, chosen, self.running)
         return chosen
 
     def _write(self, state: DecodeState, chosen: list[bool], entropies: list[float], outputs: list[float]) -> None:
@@ -275,6 +293,8 @@ class _Loop:
             result.triggers.append(Trigger(result.output_tokens, position, entropies[row], output, latents.shape[1]))
             if self.keep_memories:
                 result.memories.append(latents[row].float().cpu())
+        if self.recorder is not None:
+            self.recorder.wrote(state, latents, chosen)
         with self.clock.phase("inject"):
             rows = None if all(chosen) else torch.tensor(chosen, device=self.backbone.device)
             self.backbone.inject(state, latents, rows)

@@ -63,6 +63,7 @@ class AttentionTap:
         normalise: as in `MonitorConfig`.
         entropy: `[B, rows]` nats, float32, the result of the last pass.
         clock: receives the phase "monitor"; None is no timing.
+        kept: gets the newest query's whole row `[B, T]` in every pass, mean over heads, float32; None keeps nothing.
     """
 
     exclude: Tensor | None = None
@@ -70,6 +71,7 @@ class AttentionTap:
     normalise: bool = False
     entropy: Tensor | None = None
     clock: Any = field(default=None, repr=False)
+    kept: list[Tensor] | None = field(default=None, repr=False)
 
     def observe(self, weights: Tensor) -> None:
         """Reduce attention rows `[B, G, R, rows, T]` to entropies `[B, rows]`."""
@@ -177,6 +179,11 @@ def monitored_attention(
     tap: AttentionTap | None = getattr(module, _TAP, None)
     rows = min(tap.rows, query.shape[2]) if tap is not None else 0
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if tap is not None and tap.kept is not None:
+        # Scored once more, so that the output is computed exactly as it is when nobody reads along.
+        mask = _last_rows(attention_mask, query, key, 1)
+        row = attention_rows(query[:, :, -1:].float(), key.float(), mask, scale, softcap)
+        tap.kept.append(row.mean(dim=(1, 2))[:, 0])
     if query.shape[2] == 1 and (rows or softcap is not None):
         weights = attention_rows(query, key, attention_mask, scale, softcap)
         if rows:
