@@ -197,7 +197,7 @@ class _CellLoop:
             with RowWriter(self.cell) as writer:
                 self._writer = writer
                 for batch in pending:
-                    for group in _by_key(method, batch):
+                    for group in by_key(method, batch):
                         self._run_group(method, clock, group, done)
                     if self.stop.asked:
                         raise Interrupted
@@ -232,7 +232,7 @@ class _CellLoop:
         try:
             _reset_peak(self.backbone)
             clock.start()
-            seed = _sample_seed(self.prepared.context.seed, samples[0].sample_id)
+            seed = sample_seed(self.prepared.context.seed, samples[0].sample_id)
             generations: Sequence[Any] = method.generate([p.ids for p in prompts], samples, clock, seed)
             error = None
         except Exception as problem:  # A sample that fails becomes a row; the run goes on.
@@ -307,7 +307,7 @@ class _CellLoop:
         }
 
 
-def _by_key(method: Method, batch: Sequence[tuple[int, Sample]]) -> list[list[tuple[int, Sample]]]:
+def by_key(method: Method, batch: Sequence[tuple[int, Sample]]) -> list[list[tuple[int, Sample]]]:
     """Split a batch into runs of samples that may share one `generate` call."""
     groups: list[list[tuple[int, Sample]]] = []
     keys: list[object] = []
@@ -321,7 +321,7 @@ def _by_key(method: Method, batch: Sequence[tuple[int, Sample]]) -> list[list[tu
     return groups
 
 
-def _sample_seed(seed: int, sample_id: str) -> int:
+def sample_seed(seed: int, sample_id: str) -> int:
     """Return a seed that depends on the sample and not on what ran before it."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{sample_id}".encode()).digest()[:6], "big")
 

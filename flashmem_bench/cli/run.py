@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from flashmem_bench.cli import options as o
 
 if TYPE_CHECKING:
     from flashmem_bench.runner import CellResult
+    from flashmem_bench.session import Request
 
 
 def run(
@@ -23,6 +28,14 @@ def run(
     set_: o.Set = None,
     truncate: o.Truncate = None,
     match: o.Match = "within",
+    trace: Annotated[
+        bool,
+        typer.Option("--trace", help="Keep the story of the first samples: what each memory saw, says and changed."),
+    ] = False,
+    trace_samples: Annotated[
+        str | None,
+        typer.Option("--trace-samples", help="How many samples of a cell --trace keeps (8).", metavar="N"),
+    ] = None,
     data_dir: o.DataDir = None,
     skip_bad_rows: o.SkipBadRows = False,
     trust_suite: o.TrustSuite = False,
@@ -59,28 +72,43 @@ def run(
         results_dir=results_dir,
         command=o.command_line(),
     )
-    return execute(request, json=json, quiet=quiet)
+    return execute(request, _stories(trace, trace_samples), json=json, quiet=quiet)
 
 
-def execute(request: Any, *, json: bool, quiet: bool, **more: Any) -> int:
-    """Run a request, show its table and return the exit code."""
+def _stories(trace: bool, samples: str | None) -> int:
+    """Return how many samples of a cell are traced; naming a number asks for it as well."""
+    from flashmem_bench.tracing import DEFAULT_SAMPLES
+
+    named = o.count(samples, "--trace-samples")
+    return named if named is not None else DEFAULT_SAMPLES if trace else 0
+
+
+def execute(request: Request, stories: int, *, json: bool, quiet: bool) -> int:
+    """Run a request, trace the first samples of its cells, show its table and return the exit code."""
     from flashmem_bench.progress import progress_for
     from flashmem_bench.runner import Interrupted, run_grid
+    from flashmem_bench.session import Session
+    from flashmem_bench.tracing import trace_cells
 
+    progress, session = progress_for(quiet), Session(request)
     try:
-        results = run_grid(request, progress=progress_for(quiet), **more)
+        results = run_grid(request, progress=progress, session=session)
     except Interrupted:
         o.say(f"interrupted; everything finished is stored. Continue with: {request.command}")
         return 130
-    return conclude(request, results, json=json, quiet=quiet)
+    traces = trace_cells(session, results, stories, progress.note) if stories else []
+    return conclude(request, results, json=json, quiet=quiet, traces=traces)
 
 
-def conclude(request: Any, results: list[CellResult], *, json: bool, quiet: bool) -> int:
+def conclude(request: Any, results: list[CellResult], *, json: bool, quiet: bool, traces: Sequence[Path] = ()) -> int:
     """Show what became of the cells and return the exit code of the command."""
     if json:
-        o.emit_json({"results_dir": str(request.results_dir), "cells": [_cell(result) for result in results]})
+        document = {"results_dir": str(request.results_dir), "cells": [_cell(result) for result in results]}
+        o.emit_json({**document, "traces": [str(path) for path in traces]} if traces else document)
     elif not quiet:
         show(request, results)
+        if traces:
+            o.say(f"{len(traces)} traces; flashmem-bench report makes a page of each")
     failed = [result for result in results if result.status != "complete"]
     for result in failed:
         count = sum(1 for row in result.rows if row.get("error"))

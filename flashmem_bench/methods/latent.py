@@ -17,6 +17,7 @@ from flashmem_bench.methods.base import BuildContext
 if TYPE_CHECKING:
     from flashmem.generation import Generation
     from flashmem.memory import MemorySource
+    from flashmem.trace import TraceRecorder
     from flashmem.trigger import TriggerConfig
     from flashmem_bench.clock import HostClock
     from flashmem_bench.settings import Settings
@@ -70,6 +71,7 @@ class LatentMethod:
         clock: HostClock | None,
         seed: int,
         keep_memories: bool = False,
+        recorder: TraceRecorder | None = None,
     ) -> list[Generation]:
         """Answer a batch whose samples have the same `batch_key`."""
         from flashmem.generation import generate
@@ -86,6 +88,7 @@ class LatentMethod:
             seed=seed,
             samples=[SampleContext(sample.sample_id, sample.answer) for sample in samples],
             keep_memories=keep_memories,
+            recorder=recorder,
         )
 
     def _trigger(self, sample: Sample) -> TriggerConfig:
