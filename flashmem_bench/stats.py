@@ -15,7 +15,7 @@ The standard error of a bootstrap is the standard deviation of its replicates, n
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -214,6 +214,70 @@ def ratio_of_sums(
     means = bootstrap_means(np.stack([above, below], axis=1), seed=seed, resamples=resamples)
     defined = means[:, 1] > 0
     return _percentile_interval(float(above.sum() / below.sum()), means[defined, 0] / means[defined, 1], confidence)
+
+
+def auroc(values: ArrayLike, positive: ArrayLike) -> float:
+    """Area under the ROC curve: the probability that a positive has the higher value, ties counted half.
+
+    Args:
+        values: [n] numbers.
+        positive: [n] booleans.
+
+    Returns:
+        nan without a positive or without a negative.
+    """
+    data, marked = np.asarray(values, dtype=np.float64), np.asarray(positive, dtype=bool)
+    count = int(marked.sum())
+    if count in (0, marked.size):
+        return math.nan
+    above = scipy_stats.rankdata(data)[marked].sum() - count * (count + 1) / 2
+    return float(above / (count * (marked.size - count)))
+
+
+def precision_at_count(values: ArrayLike, positive: ArrayLike) -> float:
+    """Share of positives among the highest values, as many of them as there are positives; equal to recall.
+
+    Among ties at the edge the share of positives in the tie counts, so the order of the input does not matter.
+    """
+    data, marked = np.asarray(values, dtype=np.float64), np.asarray(positive, dtype=bool)
+    count = int(marked.sum())
+    if count == 0:
+        return math.nan
+    edge = np.partition(data, data.size - count)[data.size - count]
+    above, tied = data > edge, data == edge
+    room = count - int(above.sum())
+    return float((marked[above].sum() + room * marked[tied].mean()) / count)
+
+
+def grouped_interval(
+    values: ArrayLike,
+    positive: ArrayLike,
+    groups: ArrayLike,
+    statistic: Callable[[ArrayLike, ArrayLike], float],
+    *,
+    seed: int = 0,
+    resamples: int = 300,
+    confidence: float = 0.95,
+) -> Interval:
+    """A ranking statistic with a percentile bootstrap over groups: whole samples are drawn, never single steps.
+
+    Args:
+        values: [n] numbers.
+        positive: [n] booleans.
+        groups: [n] labels of the samples that the values belong to.
+        statistic: such as `auroc`.
+    """
+    data, marked = np.asarray(values, dtype=np.float64), np.asarray(positive, dtype=bool)
+    order = np.argsort(np.asarray(groups), kind="stable")
+    _, starts = np.unique(np.asarray(groups)[order], return_index=True)
+    members = np.split(order, starts[1:])
+    rng = np.random.default_rng(seed)
+    replicates = []
+    for _ in range(resamples):
+        drawn = np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])
+        replicates.append(statistic(data[drawn], marked[drawn]))
+    found = np.asarray(replicates)
+    return _percentile_interval(statistic(data, marked), found[~np.isnan(found)], confidence)
 
 
 def median_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:

@@ -77,6 +77,7 @@ class Suite:
         generation: How completions are to be generated.
         memory_defaults: The suite's own settings as dotted `--set` keys.
         calibrate_by: `stratum` where each stratum has its own threshold.
+        strata: What strata are for: `known` (near 100 % for the bundled backbone), `open`, `chance`.
     """
 
     def __init__(self, info: SuiteInfo, task: Any, content_hash: str):
@@ -86,6 +87,7 @@ class Suite:
         self.generation = _generation_args(task.config.generation_kwargs or {})
         self.primary_metric = _primary_metric(info, task)
         self.calibrate_by = info.metadata.get("calibrate_by")
+        self.strata: dict[str, list[str]] = dict(info.metadata.get("strata") or {})
         self.memory_defaults = {
             f"{part}.{key}": value
             for part in ("memory", "trigger")

@@ -11,6 +11,7 @@ from flashmem_bench.cli.describe import describe
 from flashmem_bench.cli.doctor import doctor
 from flashmem_bench.cli.latency import latency
 from flashmem_bench.cli.lists import list_names
+from flashmem_bench.cli.moments import moments
 from flashmem_bench.cli.report import report
 from flashmem_bench.cli.run import run
 from flashmem_bench.cli.train import train
@@ -37,6 +38,7 @@ for _name, _command in {
     "ablate": ablate,
     "train": train,
     "calibrate": calibrate,
+    "moments": moments,
     "latency": latency,
     "report": report,
     "list": list_names,
