@@ -371,6 +371,24 @@ STRATUM_COLUMNS: tuple[Column, ...] = (
     *_SCORE_BLOCK,
 )
 
+SEED_COLUMNS: tuple[Column, ...] = (
+    _SUITE,
+    _METHOD,
+    _c("model", "string", "Backbone."),
+    _c("checkpoint_scope", "string", "suite, joint or transfer."),
+    _c("train_seeds", "string", "Training seeds of the runs, ascending."),
+    _c("n", "int", "Samples that all runs and vanilla have."),
+    _c("seed_scores", "string", "Mean score of each run, in the order of the seeds.", "share"),
+    _c("score", "float", "Mean over seeds and samples.", "share"),
+    _c("score_low", "float", "Lower end of its 95 % bootstrap interval over seeds and samples together.", "share"),
+    _c("score_high", "float", "Upper end of that interval.", "share"),
+    _c("within_run_se", "float", "Standard error of a run's mean from its samples.", "share", "sqrt(mean(var / n))"),
+    _c("between_seed_sd", "float", "Standard deviation of the runs' means.", "share", "sd(mean score of each seed)"),
+    _c("delta_vanilla", "float", "Paired difference from vanilla, mean over seeds.", "share"),
+    _c("delta_low", "float", "Lower end of its 95 % bootstrap interval over seeds and samples together.", "share"),
+    _c("delta_high", "float", "Upper end of that interval.", "share"),
+)
+
 COMPARISON_COLUMNS: tuple[Column, ...] = (
     _SUITE,
     _c("kind", "string", "baseline: against vanilla; placebo: flashmem against a control of its own."),
@@ -482,6 +500,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
     "metrics": METRIC_COLUMNS,
     "runs": RUN_COLUMNS,
     "strata": STRATUM_COLUMNS,
+    "seeds": SEED_COLUMNS,
     "comparisons": COMPARISON_COLUMNS,
     "latency": LATENCY_COLUMNS,
     "ablations": ABLATION_COLUMNS,

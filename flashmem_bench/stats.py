@@ -172,6 +172,24 @@ def paired_bootstrap(
     return mean_interval(differences, seed=seed, resamples=resamples, confidence=confidence)
 
 
+def seeds_and_samples(scores: ArrayLike, *, seed: int = 0, resamples: int = 2000, confidence: float = 0.95) -> Interval:
+    """Mean over training seeds and samples, with a percentile bootstrap that draws both together.
+
+    Each replicate draws seeds and, for all of them alike, samples: the runs answered the same questions.
+
+    Args:
+        scores: [r, n], one row a training seed, one column a sample.
+    """
+    data = np.asarray(scores, dtype=np.float64)
+    runs, n = data.shape
+    rng = np.random.default_rng(seed)
+    # The mean over drawn seeds and samples is w_seed @ data @ w_sample with multinomial weights.
+    of_seeds = rng.multinomial(runs, np.full(runs, 1 / runs), size=resamples) / runs
+    of_samples = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
+    replicates = np.einsum("br,br->b", of_seeds, of_samples @ data.T)
+    return _percentile_interval(float(data.mean()), replicates, confidence)
+
+
 def mcnemar_exact(fixed: int, broken: int) -> float:
     """Two-sided exact p-value that the samples that changed sides did so by chance.
 

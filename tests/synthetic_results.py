@@ -70,12 +70,13 @@ def add_cell(
         "device": changes.get("device", "cpu"),
         "dtype": changes.get("dtype", "float32"),
         "batch_size": changes.get("batch_size", 1),
+        "memory": f"memory of seed {changes.get('train_seed', 0)}",
     }
     cell = store.open_cell(identity, {"suite": suite, "method": method, "ablation": ablation or []})
     cell.begin_attempt({"cpu": "synthetic"})
     for index in range(n):
         noise = random.Random(f"{suite}-{index}")
-        own = random.Random(f"{suite}-{method}-{index}-{settings}-{probability}")
+        own = random.Random(f"{suite}-{method}-{index}-{settings}-{probability}-{changes.get('train_seed', 0)}")
         row, record = _sample(suite, method, index, probability, triggers, factor, noise, own)
         if text is not None:
             record["text"] = text

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from flashmem_bench.report.figures import Drawing
+    from flashmem_bench.report.stories import Story
 
 BUNDLED = "flashmem-tiny"
 _SHOWN_LETTERS = 1500
@@ -49,7 +50,11 @@ Context = dict[str, Any]
 
 
 def render(
-    cells: Sequence[Cell], tables: dict[str, pd.DataFrame], drawings: Sequence[Drawing], warnings: Sequence[str]
+    cells: Sequence[Cell],
+    tables: dict[str, pd.DataFrame],
+    drawings: Sequence[Drawing],
+    warnings: Sequence[str],
+    stories: Sequence[Story] = (),
 ) -> str:
     """The page as a string.
 
@@ -58,6 +63,7 @@ def render(
         tables: all tables of the schema.
         drawings: figures on disk; they are read and embedded.
         warnings: sentences that stand above the results.
+        stories: pages of single samples, linked from their suite.
     """
     environment = Environment(
         loader=PackageLoader("flashmem_bench.report", "templates"),
@@ -81,6 +87,7 @@ def render(
         "findings": [finding for suite in suites for finding in findings(suite, tables["comparisons"], _labels(cells))],
         "warnings": list(warnings),
         "suites": [_suite(suite, cells, tables, drawings) for suite in suites],
+        "stories": {suite: _stories(suite, stories) for suite in suites},
         "latency": _latency(tables["latency"]),
         "ablations": _ablations(tables["ablations"], drawings),
         "definitions": [column for column in TABLES["runs"] if column.name in _DEFINED],
@@ -167,10 +174,20 @@ def _suite(suite: str, cells: Sequence[Cell], tables: dict[str, pd.DataFrame], d
         ],
         "placebos": [_placebo_row(row) for row in placebo.to_dict("records")],
         "placebo_stamp": CPU_STAMP if (main["device"] == "cpu").any() else "",
+        "seeds": [_seed_row(row) for row in tables["seeds"].to_dict("records") if row["suite"] == suite],
         "strata": _strata(suite, tables["strata"], main),
         "figures": [_figure(drawing) for drawing in drawings if drawing.suite == suite and drawing.kind != "ablation"],
         "examples": _examples(suite, cells),
     }
+
+
+def _stories(suite: str, stories: Sequence[Story]) -> list[Context]:
+    """Links to the pages of single samples, by method."""
+    here = [story for story in stories if story.suite == suite]
+    return [
+        {"method": method, "pages": [story for story in here if story.method == method]}
+        for method in dict.fromkeys(story.method for story in here)
+    ]
 
 
 def _group(rows: list[Context], verdicts: dict[str, str]) -> Context:
@@ -229,6 +246,22 @@ def _placebo_row(row: Context) -> Context:
         "verdict": row["verdict"],
         "ratio": f"{say.times(row['time_ratio'])} / {say.times(row['decode_time_ratio'])}",
         "same": say.share(row["same_text_share"]),
+    }
+
+
+def _seed_row(row: Context) -> Context:
+    return {
+        "method": row["method"],
+        "scope": row["checkpoint_scope"],
+        "seeds": ", ".join(
+            f"{seed}: {say.percent(float(score))}"
+            for seed, score in zip(row["train_seeds"].split(","), row["seed_scores"].split(","), strict=True)
+        ),
+        "n": say.whole(row["n"]),
+        "score": say.percent_interval(row["score"], row["score_low"], row["score_high"]),
+        "within": say.percent(row["within_run_se"], 2),
+        "between": say.percent(row["between_seed_sd"], 2),
+        "delta": say.points(row["delta_vanilla"], row["delta_low"], row["delta_high"]),
     }
 
 

@@ -23,6 +23,7 @@ from flashmem_bench.latency import read_rows
 from flashmem_bench.report.cells import Cell, closeness, load_cells, refusal, settings_differences
 from flashmem_bench.report.compare import compare, comparison_records
 from flashmem_bench.report.measures import Record, cost_block, phase_block, score_block, use_block
+from flashmem_bench.report.seeds import seed_records
 from flashmem_bench.schema import METRIC_PREFIX, TABLES, Column, arrow_schema
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def tables_of(cells: Sequence[Cell], latency: Sequence[Record] = ()) -> dict[str
         "metrics": [record for cell in cells for record in _metric_records(cell)],
         "runs": run_records(cells, comparisons),
         "strata": [record for cell in cells if cell.is_main for record in _stratum_records(cell)],
+        "seeds": seed_records(cells),
         "comparisons": comparisons,
         "latency": list(latency),
         "ablations": ablation_records(cells),
