@@ -1,8 +1,8 @@
 """Tables, figures and one self-contained page from a results folder.
 
-``build_report`` reads the cells and writes ``tables/``, ``figures/`` and ``report.html`` beside them. It needs no
-model and no accelerator, changes no result, and gives the same files for the same cells. The heavy imports wait until
-a report is built.
+``build_report`` reads the cells and writes ``tables/``, ``figures/``, ``stories/`` and ``report.html`` beside them. It
+needs no model and no accelerator, changes no result, and gives the same files for the same cells. The heavy imports
+wait until a report is built.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ class ReportPaths:
         html: the page.
         tables: parquet and csv files.
         figures: png and svg files.
+        stories: pages of single samples.
         warnings: what a reader must know before comparing, also on the page.
     """
 
     html: Path
     tables: list[Path]
     figures: list[Path]
+    stories: list[Path]
     warnings: list[str]
 
 
@@ -48,6 +50,7 @@ def build_report(results_dir: Path) -> ReportPaths:
     from flashmem_bench.report.compare import comparison_warnings
     from flashmem_bench.report.figures import draw_all
     from flashmem_bench.report.html import render
+    from flashmem_bench.report.stories import write_stories
     from flashmem_bench.report.tables import tables_of, write_tables
     from flashmem_bench.report.traces import draw_traces
 
@@ -57,9 +60,11 @@ def build_report(results_dir: Path) -> ReportPaths:
     tables = tables_of(cells, read_rows(root))
     warnings = comparison_warnings(cells)
     drawings = [*draw_all(tables, root / "figures"), *draw_traces(cells, root / "figures")]
+    stories = write_stories(cells, root)
     page = root / "report.html"
     temporary = page.with_suffix(".html.tmp")
-    temporary.write_text(render(cells, tables, drawings, warnings), encoding="utf-8")
+    temporary.write_text(render(cells, tables, drawings, warnings, stories), encoding="utf-8")
     temporary.replace(page)
     figures = [path for drawing in drawings for path in (drawing.svg.with_suffix(".png"), drawing.svg)]
-    return ReportPaths(page, write_tables(tables, root / "tables"), figures, warnings)
+    pages = [story.path for story in stories]
+    return ReportPaths(page, write_tables(tables, root / "tables"), figures, pages, warnings)
