@@ -319,7 +319,8 @@ def spoken_tokens(backbone: Backbone, states: Tensor, count: int = NEIGHBOURS) -
 
 def next_token(backbone: Backbone, before: Tensor, after: Tensor, proposed: int, sampled: int) -> NextToken:
     """Compare the logits `[V]` on either side of an injection."""
-    logs = [logits.double().log_softmax(-1) for logits in (before, after)]
+    # On the host: not every device has float64.
+    logs = [logits.cpu().double().log_softmax(-1) for logits in (before, after)]
     first, second = (log.exp() for log in logs)
     change = torch.where(second > 0, second * (logs[1] - logs[0]), 0.0)
     count = min(NEXT_TOKENS, before.shape[0])

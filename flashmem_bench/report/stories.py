@@ -25,6 +25,9 @@ from flashmem_bench.tracing import read_traces
 
 Context = dict[str, Any]
 
+# Marks of the families whose templates are not written as <|name|>.
+_TURNS = frozenset({"<s>", "</s>", "<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]"})
+
 
 @dataclass(frozen=True)
 class Story:
@@ -156,4 +159,4 @@ def _answer(trace: Context) -> list[Context]:
 
 
 def _special(piece: str) -> bool:
-    return piece.startswith("<") and piece.endswith(">") and len(piece) > 2
+    return (piece.startswith("<|") and piece.endswith("|>")) or piece in _TURNS
