@@ -30,11 +30,13 @@ def run(
     match: o.Match = "within",
     trace: Annotated[
         bool,
-        typer.Option("--trace", help="Keep the story of the first samples: what each memory saw, says and changed."),
+        typer.Option("--trace", help="Keep the story of the first samples, for the report.", rich_help_panel="Output"),
     ] = False,
     trace_samples: Annotated[
         str | None,
-        typer.Option("--trace-samples", help="How many samples of a cell --trace keeps (8).", metavar="N"),
+        typer.Option(
+            "--trace-samples", help="Keep that of the first N of each cell (8).", metavar="N", rich_help_panel="Output"
+        ),
     ] = None,
     data_dir: o.DataDir = None,
     skip_bad_rows: o.SkipBadRows = False,
