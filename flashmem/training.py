@@ -8,30 +8,40 @@ source has parameters that learn; the backbone's gradients stay None.
 samples and otherwise inside the answer, either anywhere or where the attention entropy of the plain run is highest:
 memories must be trained for the places where the trigger fires. What lies before M then joins the prefix.
 
-Batches hold samples of similar length. The run is resumable: parameters, optimiser, step and order are written to
-`state_dir` and the same call continues.
+The loss of a step is the mean over all its target tokens, wherever they are computed: a batch in one piece, in micro
+batches one after the other, or spread over processes gives the same step. The run is resumable: everything that it
+needs is written to `state_dir` and the same call continues. With a patience it stops when the loss on held-out
+examples no longer falls, and ends with the parameters that had the lowest.
 """
 
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashmem.backbone import Backbone
 from flashmem.errors import ConfigError
 from flashmem.memory import MemorySource
+from flashmem.placement import Processes
+from flashmem.training_curves import TrainStep, write_curves
+from flashmem.training_data import Example, Placed, batches, examples_hash, place, split
 from flashmem.training_loss import sequence_loss, target_entropies
+from flashmem.training_state import EarlyStopping, TrainState
 
 __all__ = ["Example", "TrainConfig", "TrainReport", "TrainStep", "sequence_loss", "target_entropies", "train_memory"]
+
+# What has no part in the mathematics of a step, so that a run may continue with another value of it.
+_FREE = ("micro_batch_size", "activation_checkpointing")
+_SAVE_EVERY_S = 30.0
+# Writing the state of a large memory takes seconds: never more than this share of the time.
+_SAVE_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -42,13 +52,17 @@ class TrainConfig:
         lr: peak learning rate of AdamW.
         weight_decay: of AdamW.
         clip: limit of the gradient norm.
-        batch_size: samples a step.
+        batch_size: samples a step, over all processes.
         epochs: passes over the examples; ignored when `max_steps` is set.
         max_steps: optimiser steps.
         max_minutes: stop after this much wall time; the schedule then follows time, so it still ends at zero.
         warmup: share of the run with a linear warm-up; cosine decay follows.
         insertion: where M goes.
         seed: order, insertion points.
+        micro_batch_size: samples that a process computes at once; None is all of its share of a step.
+        activation_checkpointing: run layers again in the backward pass instead of keeping what they computed.
+        validate_every: steps between two measurements on the validation examples; None measures never.
+        patience: measurements without a new lowest loss after which training stops; None never stops early.
     """
 
     lr: float = 1e-5
@@ -61,41 +75,46 @@ class TrainConfig:
     warmup: float = 0.1
     insertion: Literal["prompt-end", "mixed"] = "prompt-end"
     seed: int = 0
+    micro_batch_size: int | None = None
+    activation_checkpointing: bool = False
+    validate_every: int | None = None
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.batch_size < 1 or self.epochs <= 0 or not 0 <= self.warmup < 1:
             raise ConfigError("Training needs lr > 0, batch_size >= 1, epochs > 0 and warmup from 0 to below 1.")
         if self.insertion not in ("prompt-end", "mixed"):
             raise ConfigError(f"insertion is {self.insertion!r}; use prompt-end or mixed.")
-
-
-@dataclass(frozen=True)
-class Example:
-    """One sample: prompt and answer token ids, the answer with its EOS."""
-
-    prompt_ids: list[int]
-    target_ids: list[int]
-
-
-@dataclass(frozen=True)
-class TrainStep:
-    """What a step reports: its number (from 1), the share of the run done, mean loss in nats a token, gradient norm."""
-
-    step: int
-    progress: float
-    loss: float
-    grad_norm: float
-    lr: float
+        for name in ("micro_batch_size", "validate_every", "patience"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more, or None.")
+        if self.patience is not None and self.validate_every is None:
+            raise ConfigError("Early stopping (patience) needs validate_every: steps between two measurements.")
 
 
 @dataclass
 class TrainReport:
-    """What a run leaves: the loss of every step, steps, seconds of this call and tokens trained on."""
+    """What a run leaves.
+
+    Attributes:
+        losses: the loss of every step, nats a token.
+        steps: optimiser steps, those before an interruption included.
+        seconds: of this call.
+        target_tokens: tokens trained on.
+        curve: every step.
+        best_step: the step whose parameters the memory has; None where it has those of the last one.
+        best_validation_loss: lowest validation loss, nats a token; None where it was not measured.
+        stopped_early: whether patience ended the run.
+    """
 
     losses: list[float] = field(default_factory=list)
     steps: int = 0
     seconds: float = 0.0
     target_tokens: int = 0
+    curve: list[TrainStep] = field(default_factory=list)
+    best_step: int | None = None
+    best_validation_loss: float | None = None
+    stopped_early: bool = False
 
 
 def train_memory(
@@ -106,6 +125,9 @@ def train_memory(
     *,
     state_dir: str | Path | None = None,
     on_step: Callable[[TrainStep], None] | None = None,
+    validation: Sequence[Example] = (),
+    curves: str | Path | None = None,
+    processes: Processes | None = None,
 ) -> TrainReport:
     """Fit a memory source in place.
 
@@ -116,167 +138,203 @@ def train_memory(
         config: how.
         state_dir: where to keep the resumable state; None keeps none.
         on_step: called after every step.
+        validation: held-out examples for `config.validate_every`.
+        curves: csv file to keep one row a step in (see `flashmem.training_curves`); None keeps none.
+        processes: the processes that share each step (see `flashmem.placement.processes`); None is this one alone.
 
     Raises:
-        ConfigError: no examples, or a source without parameters.
+        ConfigError: no examples, no validation examples where they are needed, a source without parameters, or a state
+            that belongs to another training.
     """
     if not examples:
         raise ConfigError("Nothing to train on: the training split is empty.")
+    if config.validate_every is not None and not validation:
+        raise ConfigError(
+            "Early stopping measures on held-out examples, and there are none: give some, or leave it out."
+        )
     if not memory.trained():
         raise ConfigError("This memory source has no parameters to train.")
     # Steps of 1e-5 vanish in bfloat16 weights: what learns is float32, the passes run in the backbone's dtype.
     memory.float()
     try:
-        return _Trainer(backbone, memory, examples, config, state_dir, on_step).run()
+        trainer = _Trainer(backbone, memory, examples, config, processes or Processes())
+        trainer.validation, trainer.on_step = validation, on_step
+        trainer.state_dir = Path(state_dir) if state_dir is not None else None
+        trainer.curves = Path(curves) if curves is not None else None
+        return trainer.run()
     finally:
         memory.to(backbone.dtype)
 
 
 class _Trainer:
+    validation: Sequence[Example] = ()
+    on_step: Callable[[TrainStep], None] | None = None
+    state_dir: Path | None = None
+    curves: Path | None = None
+
     def __init__(
         self,
         backbone: Backbone,
         memory: MemorySource,
         examples: Sequence[Example],
         config: TrainConfig,
-        state_dir: str | Path | None,
-        on_step: Callable[[TrainStep], None] | None,
+        processes: Processes,
     ) -> None:
         self.backbone, self.memory, self.examples, self.config = backbone, memory, examples, config
-        self.on_step = on_step
-        self.state_path = Path(state_dir) if state_dir is not None else None
-        self.parameters = memory.trained()
-        self.optimiser = torch.optim.AdamW(
-            list(self.parameters.values()), lr=config.lr, weight_decay=config.weight_decay
-        )
+        self.processes = processes
+        parameters = memory.trained()
+        optimiser = torch.optim.AdamW(list(parameters.values()), lr=config.lr, weight_decay=config.weight_decay)
+        self.state = TrainState(parameters, optimiser, EarlyStopping(config.patience))
         per_epoch = math.ceil(len(examples) / config.batch_size)
         self.total = config.max_steps or max(1, round(config.epochs * per_epoch))
-        self.report = TrainReport()
-        self.spent = 0.0
+        self._started = time.monotonic()
+        self._before = 0.0
 
     def run(self) -> TrainReport:
-        self._resume()
-        started = saved = time.monotonic()
-        before = self.spent
+        self.processes.share(self.state.parameters.values())
+        if self.state_dir is not None:
+            self.state.load(self.state_dir, self._terms())
+        self._started, self._before = time.monotonic(), self.state.spent
+        next_save = _SAVE_EVERY_S
         self.memory.train()
-        for step, batch in self._batches():
-            if step < self.report.steps:
-                continue
-            self.spent = before + time.monotonic() - started
-            progress = self._progress(step)
-            if progress >= 1.0:
-                break
-            self._step(batch, step, progress)
-            if self.state_path is not None and time.monotonic() - saved > 30:
-                self._save()
-                saved = time.monotonic()
+        for step, batch in self._steps():
+            self._step(batch, step)
+            if self._since_start() > next_save:
+                next_save = self._since_start() + self._save()
+        self._conclude()
         self.memory.eval()
-        self.report.seconds = time.monotonic() - started
-        self.spent = before + self.report.seconds
-        if self.state_path is not None:
-            self._save()
-        return self.report
+        return self._report()
+
+    def _steps(self) -> Iterator[tuple[int, list[Example]]]:
+        """The steps that are left, until the run is done."""
+        for step, batch in enumerate(batches(self.examples, self.config.batch_size, self.config.seed)):
+            if step < len(self.state.curve):
+                continue
+            self._tick()
+            if self._progress(step) >= 1.0 or self.state.stopping.over:
+                return
+            yield step, batch
+
+    def _since_start(self) -> float:
+        return time.monotonic() - self._started
+
+    def _tick(self) -> None:
+        self.state.spent = self._before + self._since_start()
+        if self.config.max_minutes is not None:
+            self.state.spent = self.processes.agree(self.state.spent)
 
     def _progress(self, step: int) -> float:
         if self.config.max_minutes is not None:
-            return self.spent / (60 * self.config.max_minutes)
+            return self.state.spent / (60 * self.config.max_minutes)
         return step / self.total
 
-    def _step(self, batch: list[Example], step: int, progress: float) -> None:
+    def _step(self, batch: list[Example], step: int) -> None:
+        progress = self._progress(step)
         rate = self.config.lr * _schedule(progress, self.config.warmup, step)
-        for group in self.optimiser.param_groups:
+        for group in self.state.optimiser.param_groups:
             group["lr"] = rate
-        prefixes, targets = self._insert(batch, step)
-        mixed = self.backbone.dtype != torch.float32
-        with torch.autocast(self.backbone.device.type, self.backbone.dtype, enabled=mixed):
-            loss, tokens = sequence_loss(self.backbone, self.memory, prefixes, targets)
-        mean = loss / tokens
-        self.optimiser.zero_grad(set_to_none=True)
-        mean.backward()
-        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip)
-        self.optimiser.step()
-        self.report.losses.append(float(mean.detach()))
-        self.report.steps, self.report.target_tokens = step + 1, self.report.target_tokens + tokens
+        self.state.optimiser.zero_grad(set_to_none=True)
+        loss, tokens = self._backward(place(batch, self.config.insertion, f"{self.config.seed}|insert|{step}"))
+        norm = torch.nn.utils.clip_grad_norm_(list(self.state.parameters.values()), self.config.clip)
+        self.state.optimiser.step()
+        before = self.state.curve[-1].target_tokens if self.state.curve else 0
+        self.state.curve.append(TrainStep(step + 1, progress, loss, float(norm), rate, None, before + tokens))
+        if self.config.validate_every is not None and (step + 1) % self.config.validate_every == 0:
+            self._validate()
+        self.state.curve[-1] = replace(self.state.curve[-1], seconds=self._before + self._since_start())
         if self.on_step is not None:
-            self.on_step(TrainStep(step + 1, progress, self.report.losses[-1], float(norm), rate))
+            self.on_step(self.state.curve[-1])
 
-    def _insert(self, batch: list[Example], step: int) -> tuple[list[list[int]], list[list[int]]]:
-        """Split each sample into what lies before M and what lies after it."""
-        prompts, targets = [e.prompt_ids for e in batch], [e.target_ids for e in batch]
-        if self.config.insertion == "prompt-end":
-            return prompts, targets
-        chance = random.Random(f"{self.config.seed}|insert|{step}")
-        where = [chance.choices(("end", "any", "peak"), (2, 1, 1))[0] for _ in batch]
-        entropies = target_entropies(self.backbone, prompts, targets) if "peak" in where else [[] for _ in batch]
-        cuts = [_cut(w, len(t), e, chance) for w, t, e in zip(where, targets, entropies, strict=True)]
-        return (
-            [p + t[:c] for p, t, c in zip(prompts, targets, cuts, strict=True)],
-            [t[c:] for t, c in zip(targets, cuts, strict=True)],
-        )
+    def _backward(self, rows: Sequence[Placed]) -> tuple[float, int]:
+        """Leave the gradient of a whole step in the parameters; returns its mean loss and its target tokens."""
+        parts = [split(self.backbone, part) for part in self._parts(rows, len(rows))]
+        mine = sum(len(target) for _, targets in parts for target in targets)
+        tokens = round(float(self.processes.sum(torch.tensor([float(mine)]))[0]))
+        total = torch.zeros(1, device=self.backbone.device)
+        for prefixes, targets in parts:
+            loss = self._loss(prefixes, targets)[0] / tokens
+            loss.backward()
+            total += loss.detach()
+        return self._sum_gradients(total), tokens
 
-    def _batches(self) -> Iterator[tuple[int, list[Example]]]:
-        """Batches of similar length in a shuffled order, epoch after epoch, the same for the same seed."""
-        step, size = 0, self.config.batch_size
-        epoch = 0
-        while self.config.max_minutes is not None or step < self.total:
-            order = random.Random(f"{self.config.seed}|{epoch}")
-            indices = list(range(len(self.examples)))
-            order.shuffle(indices)
-            batches = []
-            for start in range(0, len(indices), size * 16):
-                window = sorted(indices[start : start + size * 16], key=self._length)
-                batches += [window[i : i + size] for i in range(0, len(window), size)]
-            order.shuffle(batches)
-            for batch in batches:
-                yield step, [self.examples[i] for i in batch]
-                step += 1
-            epoch += 1
+    def _parts(self, rows: Sequence[Placed], most: int) -> list[list[Placed]]:
+        """This process's micro batches. Neighbours are of similar length, so every n-th row makes equal shares."""
+        share = self.processes.mine(rows)
+        size = self.config.micro_batch_size or most
+        return [share[start : start + size] for start in range(0, len(share), size)]
 
-    def _length(self, index: int) -> int:
-        return len(self.examples[index].prompt_ids) + len(self.examples[index].target_ids)
+    def _loss(self, prefixes: list[list[int]], targets: list[list[int]]) -> tuple[Tensor, int]:
+        mixed = self.backbone.dtype != torch.float32
+        recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
+        with torch.autocast(self.backbone.device.type, self.backbone.dtype, enabled=mixed):
+            return sequence_loss(self.backbone, self.memory, prefixes, targets, recompute=recompute)
 
-    def _save(self) -> None:
-        assert self.state_path is not None
-        self.state_path.mkdir(parents=True, exist_ok=True)
-        tensors: dict[str, Tensor] = {f"p.{n}": p.detach().cpu().contiguous() for n, p in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimiser.state.get(parameter, {}).items():
-                tensors[f"o.{key}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
-        tensors["losses"] = torch.tensor(self.report.losses, dtype=torch.float64)
-        tensors["counts"] = torch.tensor([self.report.steps, self.report.target_tokens])
-        tensors["spent"] = torch.tensor([self.spent], dtype=torch.float64)
-        partial = self.state_path / "training.safetensors.partial"
-        save_file(tensors, partial, metadata={"config": repr(sorted(asdict(self.config).items()))})
-        partial.replace(self.state_path / "training.safetensors")
+    def _sum_gradients(self, loss: Tensor) -> float:
+        """Add up gradients and loss over the processes, in one message; returns the loss."""
+        if self.processes.world == 1:
+            return float(loss)
+        parameters = list(self.state.parameters.values())
+        parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        flat = self.processes.sum(torch.cat([loss, *(part.flatten() for part in parts)]))
+        sizes = [p.numel() for p in parameters]
+        for parameter, part in zip(parameters, flat[1:].split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
+        return float(flat[0])
 
-    def _resume(self) -> None:
-        file = self.state_path / "training.safetensors" if self.state_path is not None else None
-        if file is None or not file.exists():
-            return
-        tensors: dict[str, Any] = load_file(file)
-        if {k[2:] for k in tensors if k.startswith("p.")} != set(self.parameters):
-            raise ConfigError(f"{file} belongs to another memory: remove it, or train into another folder.")
+    def _validate(self) -> None:
+        """Measure the validation loss, note it in the curve and in the early stopping."""
+        self.memory.eval()
+        rows = place(self.validation, self.config.insertion, f"{self.config.seed}|validation")
+        counted = torch.zeros(2, dtype=torch.float32)
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"p.{name}"])
-                keys = [k for k in tensors if k.startswith("o.") and k.split(".", 2)[2] == name]
-                if keys:
-                    self.optimiser.state[parameter] = {
-                        k.split(".")[1]: tensors[k].to(parameter.device if k.split(".")[1] != "step" else "cpu")
-                        for k in keys
-                    }
-        self.report.losses = tensors["losses"].tolist()
-        self.report.steps, self.report.target_tokens = tensors["counts"].tolist()
-        self.spent = float(tensors["spent"][0])
+            for part in self._parts(rows, self.config.batch_size):
+                loss, tokens = self._loss(*split(self.backbone, part))
+                counted += torch.tensor([float(loss), float(tokens)])
+        self.memory.train()
+        loss, tokens = self.processes.sum(counted).tolist()
+        last = self.state.curve[-1]
+        self.state.curve[-1] = replace(last, validation_loss=loss / tokens)
+        self.state.stopping.saw(loss / tokens, last.step, self.state.parameters)
 
+    def _conclude(self) -> None:
+        """Measure the last step too, write everything, and take the best parameters."""
+        last = self.state.curve[-1] if self.state.curve else None
+        if self.config.validate_every is not None and last is not None and last.validation_loss is None:
+            self._validate()
+        self.state.spent = self._before + self._since_start()
+        self._save()
+        self.state.stopping.restore(self.state.parameters)
 
-def _cut(where: str, length: int, entropies: list[float], chance: random.Random) -> int:
-    """How many target tokens lie before M; at least one stays behind it."""
-    if where == "end" or length < 2:
-        return 0
-    if where == "any" or not entropies:
-        return chance.randrange(length)
-    return max(range(length), key=entropies.__getitem__)
+    def _save(self) -> float:
+        """Write state and curve; returns the seconds until the next time."""
+        started = time.monotonic()
+        if self.processes.main:
+            self.state.spent = self._before + self._since_start()
+            if self.state_dir is not None:
+                self.state.save(self.state_dir, self._terms())
+            if self.curves is not None:
+                write_curves(self.curves, self.state.curve)
+        return max(_SAVE_EVERY_S, (time.monotonic() - started) / _SAVE_SHARE)
+
+    def _terms(self) -> dict[str, Any]:
+        """What a state must agree with to be this training's."""
+        terms = {name: value for name, value in asdict(self.config).items() if name not in _FREE}
+        terms["examples"] = examples_hash(self.examples)
+        terms["validation_examples"] = examples_hash(self.validation)
+        return {**terms, "memory": asdict(self.memory.config), "backbone": self.backbone.fingerprint}
+
+    def _report(self) -> TrainReport:
+        curve, stopping = self.state.curve, self.state.stopping
+        return TrainReport(
+            losses=[step.loss for step in curve],
+            steps=len(curve),
+            seconds=self._since_start(),
+            target_tokens=curve[-1].target_tokens if curve else 0,
+            curve=curve,
+            best_step=stopping.best_step if stopping.parameters else None,
+            best_validation_loss=stopping.best if stopping.best_step else None,
+            stopped_early=stopping.over,
+        )
 
 
 def _schedule(progress: float, warmup: float, step: int) -> float:

@@ -7,17 +7,25 @@ attention entropy of a teacher-forced answer, which says where the trigger would
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
 from flashmem.backbone import Backbone, DecodeState
 from flashmem.memory import MemoryContext, MemorySource
+from flashmem.training_recompute import recomputing
 
 _IGNORE = -100
 
 
 def sequence_loss(
-    backbone: Backbone, memory: MemorySource, prefixes: list[list[int]], targets: list[list[int]]
+    backbone: Backbone,
+    memory: MemorySource,
+    prefixes: list[list[int]],
+    targets: list[list[int]],
+    *,
+    recompute: bool = False,
 ) -> tuple[Tensor, int]:
     """Cross-entropy of the targets after [prefix, M], summed over tokens, and the number of tokens.
 
@@ -26,14 +34,16 @@ def sequence_loss(
         memory: the source that writes M from the state at the end of each prefix.
         prefixes: token ids before M.
         targets: token ids after M, each at least one long.
+        recompute: keep no activations of the layers, run them again in the backward pass.
     """
     with torch.no_grad():
         state = backbone.prefill(prefixes, keep_inputs=memory.needs_history)
-    latents = memory(MemoryContext(backbone, state, [0] * len(prefixes)))
     ids, labels = _right_pad(targets, backbone)
-    # The last target token predicts nothing that counts, so it is not fed.
-    embeds = torch.cat([latents.to(backbone.dtype), backbone.embed(ids[:, :-1])], 1)
-    hidden = backbone.extend(state, embeds)
+    with recomputing(backbone, memory, state) if recompute else nullcontext():
+        latents = memory(MemoryContext(backbone, state, [0] * len(prefixes)))
+        # The last target token predicts nothing that counts, so it is not fed.
+        embeds = torch.cat([latents.to(backbone.dtype), backbone.embed(ids[:, :-1])], 1)
+        hidden = backbone.extend(state, embeds)
     kept = hidden[:, latents.shape[1] - 1 :]
     loss = torch.nn.functional.cross_entropy(
         backbone.logits(kept).flatten(0, 1), labels.flatten(), ignore_index=_IGNORE, reduction="sum"

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
+from dataclasses import replace
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -123,34 +128,181 @@ def test_a_bfloat16_backbone_trains_a_float32_memory(family: str, source: str) -
     assert run[0].latent_tokens == 3
 
 
-def test_resume_continues_where_it_stopped(tmp_path) -> None:
-    class Stop(Exception):
-        pass
+class Killed(Exception):
+    """Stands for a kill: nothing after it runs."""
 
-    def fit(state_dir, stop_at: int | None) -> list[float]:
-        torch.manual_seed(0)
-        backbone = make_backbone()
-        memory = new_memory(MemoryConfig(length=3), backbone)
-        config = TrainConfig(lr=3e-3, batch_size=8, max_steps=stop_at or 12)
-        return train_memory(backbone, memory, _examples(), config, state_dir=state_dir).losses
 
-    whole = fit(None, None)
+def _fit(config: TrainConfig, *, family: str = "qwen2", stop_at: int | None = None, length: int = 3, **more):
+    """Train a fresh memory on a fresh backbone; returns its parameters and the report (None when it was killed)."""
+    backbone = make_backbone(family)
+    torch.manual_seed(0)
+    memory = new_memory(MemoryConfig(length=length, depth=2), backbone)
+
+    def stop(step) -> None:
+        if step.step == stop_at:
+            raise Killed
+
+    try:
+        report = train_memory(backbone, memory, _examples(), config, on_step=stop, **more)
+    except Killed:
+        report = None
+    return {n: p.detach().clone() for n, p in memory.trained().items()}, report
+
+
+def _assert_same(a: dict, b: dict, **tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("insertion", ["prompt-end", "mixed"])
+@pytest.mark.parametrize("micro", [1, 3])
+def test_accumulated_micro_batches_are_one_big_batch(insertion: str, micro: int) -> None:
+    """The mean runs over all target tokens of the step: rows of unequal length would tell a mean of means."""
+    config = TrainConfig(lr=1e-3, batch_size=8, max_steps=1, insertion=insertion)
+    _, whole = _fit(config)
+    _, parts = _fit(replace(config, micro_batch_size=micro))
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
+    assert parts.curve[0].grad_norm == pytest.approx(whole.curve[0].grad_norm, rel=1e-4)
+    assert parts.target_tokens == whole.target_tokens
+
+
+@pytest.mark.parametrize("latent_attention", ["none", "earlier"])
+def test_checkpointed_gradients_are_the_plain_ones(family: str, latent_attention: str) -> None:
+    backbone = make_backbone(family)
+    torch.manual_seed(0)
+    memory = new_memory(MemoryConfig(length=2, depth=1, latent_attention=latent_attention), backbone)
+    prompts, targets = prompts_of(15, 9), [[20, 21, 22, 23], [24, 2]]
+    found = []
+    for recompute in (False, True):
+        memory.zero_grad(set_to_none=True)
+        loss, _ = sequence_loss(backbone, memory, prompts, targets, recompute=recompute)
+        loss.backward()
+        found.append((loss.detach(), {n: p.grad.clone() for n, p in memory.trained().items() if p.grad is not None}))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert len(found[0][1]) > 4
+    _assert_same(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)
+    assert not any("forward" in layer.__dict__ for layer in backbone.decoder.layers)
+
+
+def test_checkpointing_keeps_less(backbone) -> None:
+    """What the layers leave for the backward pass, in elements, counted by autograd's own hooks."""
+    memory = new_memory(MemoryConfig(length=2), backbone)
+    kept = {}
+    for recompute in (False, True):
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            sequence_loss(backbone, memory, prompts_of(30), [[20] * 40], recompute=recompute)
+        kept[recompute] = sum(sizes)
+    assert kept[True] < 0.5 * kept[False]
+
+
+@pytest.mark.parametrize("insertion", ["prompt-end", "mixed"])
+def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch, insertion: str) -> None:
+    monkeypatch.setattr("flashmem.training._SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr("flashmem.training._SAVE_SHARE", 1e9)
+    held_out = _examples()[:6]
+    config = TrainConfig(
+        lr=3e-3, batch_size=8, max_steps=9, insertion=insertion, validate_every=2, patience=9, micro_batch_size=4
+    )
+    plain, whole = _fit(config, validation=held_out, curves=tmp_path / "whole.csv")
+    where = dict(state_dir=tmp_path / "state", validation=held_out, curves=tmp_path / "curves.csv")
+    for killed_at in (3, 6):
+        _, report = _fit(config, stop_at=killed_at, **where)
+        assert report is None
+    resumed, report = _fit(config, **where)
+    _assert_same(plain, resumed, rtol=0, atol=0)
+    assert report.losses == whole.losses and report.best_step == whole.best_step
+    tables = [pd.read_csv(tmp_path / name) for name in ("whole.csv", "curves.csv")]
+    assert list(tables[1]["step"]) == list(range(1, 10))
+    pd.testing.assert_frame_equal(*(table.drop(columns="seconds") for table in tables))
+    assert tables[1]["validation_loss_nats_token"].notna().tolist() == [False, True] * 4 + [True]
+    assert (tables[1]["seconds"].diff().dropna() > 0).all()
+
+
+def test_another_training_is_not_resumed(tmp_path) -> None:
+    config = TrainConfig(lr=3e-3, batch_size=8, max_steps=2)
+    _fit(config, state_dir=tmp_path)
+    with pytest.raises(ConfigError, match=r"lr 0\.003 there and 0\.001 here"):
+        _fit(replace(config, lr=1e-3), state_dir=tmp_path)
+    with pytest.raises(ConfigError, match="memory"):
+        _fit(config, length=4, state_dir=tmp_path)
+    _, report = _fit(replace(config, micro_batch_size=2, activation_checkpointing=True), state_dir=tmp_path)
+    assert report.steps == 2
+    (tmp_path / "training.safetensors").write_bytes(b"cut")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        _fit(config, state_dir=tmp_path)
+
+
+def test_early_stopping_returns_the_best_parameters() -> None:
+    """The training set teaches the opposite of what is held out: the loss there rises as soon as it works."""
     torch.manual_seed(0)
     backbone = make_backbone()
     memory = new_memory(MemoryConfig(length=3), backbone)
-    config = TrainConfig(lr=3e-3, batch_size=8, max_steps=12)
+    held_out = [Example(p, [60, 61, 62, 2]) for p in prompts_of(7, 8, 9, seed=3)]
+    seen: dict[int, dict] = {}
 
-    def stop(step) -> None:
-        if step.step == 5:
-            raise Stop
+    def note(step) -> None:
+        seen[step.step] = {n: p.detach().clone() for n, p in memory.trained().items()}
 
-    from flashmem.training import _Trainer
+    config = TrainConfig(lr=2e-2, batch_size=8, max_steps=60, clip=1.0, validate_every=2, patience=3)
+    report = train_memory(backbone, memory, _examples(), config, validation=held_out, on_step=note)
+    measured = {s.step: s.validation_loss for s in report.curve if s.validation_loss is not None}
+    best = min(measured, key=measured.__getitem__)
+    assert report.stopped_early and report.steps < 60 and report.steps == best + 2 * 3
+    assert report.best_step == best and report.best_validation_loss == pytest.approx(measured[best])
+    _assert_same(seen[best], {n: p.detach() for n, p in memory.trained().items()}, rtol=0, atol=0)
+    with torch.no_grad():
+        loss, tokens = sequence_loss(
+            backbone, memory, [e.prompt_ids for e in held_out], [e.target_ids for e in held_out]
+        )
+    assert float(loss) / tokens == pytest.approx(report.best_validation_loss, rel=1e-4)
 
-    trainer = _Trainer(backbone, memory, _examples(), config, tmp_path, stop)
-    with pytest.raises(Stop):
-        trainer.run()
-    trainer._save()
-    assert fit(tmp_path, None) == pytest.approx(whole, rel=1e-5)
+
+def _one_of_two(rank: int, port: int, folder: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(port)
+    torch.set_num_threads(1)
+    from flashmem.placement import processes
+
+    together = processes()
+    parameters, report = _fit(PARALLEL, processes=together, **_parallel_files(folder))
+    torch.save((parameters, report.curve), f"{folder}/rank{rank}.pt")
+    torch.save(together.merge([2 * item for item in together.mine(range(5))]), f"{folder}/merged{rank}.pt")
+
+
+# The last batch of an epoch has one row: one of the processes has nothing to do there.
+PARALLEL = TrainConfig(lr=1e-3, batch_size=31, max_steps=3, insertion="mixed", micro_batch_size=6, validate_every=2)
+
+
+def _parallel_files(folder) -> dict:
+    return dict(state_dir=f"{folder}/state", curves=f"{folder}/curves.csv", validation=_examples()[:5])
+
+
+def test_two_processes_make_the_step_of_one(tmp_path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    both = [context.Process(target=_one_of_two, args=(rank, port, str(tmp_path))) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    _, whole = _fit(PARALLEL, validation=_examples()[:5])
+    for process in both:
+        process.join()
+        assert process.exitcode == 0
+    for rank in (0, 1):
+        parameters, curve = torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)
+        assert curve[0].loss == pytest.approx(whole.losses[0], rel=1e-5)
+        assert curve[0].grad_norm == pytest.approx(whole.curve[0].grad_norm, rel=1e-4)
+        assert [step.target_tokens for step in curve] == [step.target_tokens for step in whole.curve]
+        # Where a gradient is near zero, AdamW's first steps are its sign: rounding shows from the second step on.
+        assert [step.loss for step in curve] == pytest.approx(whole.losses, rel=2e-3)
+        assert curve[-1].validation_loss == pytest.approx(whole.curve[-1].validation_loss, rel=2e-3)
+        others = torch.load(tmp_path / "rank0.pt", weights_only=False)[0]
+        _assert_same(others, parameters, rtol=0, atol=0)
+        assert torch.load(tmp_path / f"merged{rank}.pt") == [0, 2, 4, 6, 8]
+    assert len(pd.read_csv(tmp_path / "curves.csv")) == 3
 
 
 def test_bad_training_calls_are_named(backbone) -> None:
@@ -159,6 +311,12 @@ def test_bad_training_calls_are_named(backbone) -> None:
         train_memory(backbone, memory, [], FAST)
     with pytest.raises(ConfigError, match="insertion"):
         TrainConfig(insertion="middle")
+    with pytest.raises(ConfigError, match="micro_batch_size is 0"):
+        TrainConfig(micro_batch_size=0)
+    with pytest.raises(ConfigError, match="validate_every"):
+        TrainConfig(patience=2)
+    with pytest.raises(ConfigError, match="held-out"):
+        train_memory(backbone, memory, _examples(), TrainConfig(validate_every=2))
 
 
 def test_threshold_is_the_percentile_of_all_steps(backbone) -> None:
