@@ -12,9 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from flashmem.backbone import Backbone
-from flashmem.training_loss import target_entropies
+from flashmem.training_loss import step_entropies
 
 _WINDOW = 16
+# Share of the steps above the default threshold, the 85th percentile.
+_FIRING_SHARE = 0.15
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,19 @@ class Example:
 
 @dataclass(frozen=True)
 class Placed:
-    """An example with a place for its memory: `cut` target tokens lie before it; None is the entropy's peak."""
+    """An example with a place for its memory.
+
+    Attributes:
+        example: the sample.
+        cut: target tokens before the memory; None is one of the places of highest entropy.
+        signal: which entropy that is, "attention" or "output".
+        draw: picks one of those places, from 0 to below 1.
+    """
 
     example: Example
     cut: int | None
+    signal: str = "attention"
+    draw: float = 0.0
 
 
 def batches(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[Example]]:
@@ -60,42 +71,50 @@ def place(batch: Sequence[Example], insertion: str, key: str) -> list[Placed]:
 
     Args:
         batch: the examples.
-        insertion: prompt-end or mixed (half at the prompt end, a quarter anywhere, a quarter at the entropy's peak).
+        insertion: prompt-end, or mixed: half at the prompt end, a quarter anywhere, and a quarter where a trigger
+            fires, at one of the steps whose attention entropy (or, in half of the cases, next-token entropy) is
+            above the 85th percentile of the answer.
         key: seed of the draws.
     """
     if insertion == "prompt-end":
         return [Placed(example, 0) for example in batch]
     chance = random.Random(key)
-    where = [chance.choices(("end", "any", "peak"), (2, 1, 1))[0] for _ in batch]
-    return [Placed(e, _cut(w, len(e.target_ids), chance)) for w, e in zip(where, batch, strict=True)]
+    return [_placed(example, chance) for example in batch]
 
 
-def _cut(where: str, length: int, chance: random.Random) -> int | None:
-    """How many target tokens lie before the memory; at least one stays behind it."""
+def _placed(example: Example, chance: random.Random) -> Placed:
+    """One example with its place; at least one target token stays behind the memory."""
+    where = chance.choices(("end", "any", "attention", "output"), (4, 2, 1, 1))[0]
+    draw, length = chance.random(), len(example.target_ids)
     if where == "end" or length < 2:
-        return 0
-    return chance.randrange(length) if where == "any" else None
+        return Placed(example, 0)
+    return Placed(example, int(draw * length)) if where == "any" else Placed(example, None, where, draw)
 
 
 def split(backbone: Backbone, rows: Sequence[Placed]) -> tuple[list[list[int]], list[list[int]]]:
     """Prefixes and targets of rows: what lies before the memory and what lies after it."""
-    peaks = [row.example for row in rows if row.cut is None]
-    entropies = iter(_entropies(backbone, peaks))
-    cuts = [_peak(next(entropies)) if row.cut is None else row.cut for row in rows]
+    open_rows = [row for row in rows if row.cut is None]
+    found = iter(_high_places(backbone, open_rows))
+    cuts = [next(found) if row.cut is None else row.cut for row in rows]
     return (
         [row.example.prompt_ids + row.example.target_ids[:cut] for row, cut in zip(rows, cuts, strict=True)],
         [row.example.target_ids[cut:] for row, cut in zip(rows, cuts, strict=True)],
     )
 
 
-def _entropies(backbone: Backbone, examples: Sequence[Example]) -> list[list[float]]:
-    if not examples:
+def _high_places(backbone: Backbone, rows: Sequence[Placed]) -> list[int]:
+    """For each row one of its steps of highest entropy."""
+    if not rows:
         return []
-    return target_entropies(backbone, [e.prompt_ids for e in examples], [e.target_ids for e in examples])
+    prompts, targets = [row.example.prompt_ids for row in rows], [row.example.target_ids for row in rows]
+    entropies = step_entropies(backbone, prompts, targets)
+    return [high_place(entropies[row.signal][i], row.draw) for i, row in enumerate(rows)]
 
 
-def _peak(entropies: list[float]) -> int:
-    return max(range(len(entropies)), key=entropies.__getitem__)
+def high_place(entropies: Sequence[float], draw: float) -> int:
+    """One of the steps above the 85th percentile, at least the highest; `draw` in [0, 1) says which."""
+    order = sorted(range(len(entropies)), key=entropies.__getitem__, reverse=True)
+    return order[int(draw * max(1, round(_FIRING_SHARE * len(order))))]
 
 
 def examples_hash(examples: Sequence[Example]) -> str:

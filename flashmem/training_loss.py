@@ -52,9 +52,19 @@ def sequence_loss(
 
 
 def target_entropies(backbone: Backbone, prompts: list[list[int]], targets: list[list[int]]) -> list[list[float]]:
-    """Attention entropy at the decision step before each target token, teacher-forced, nats; one list a row.
+    """Attention entropy at the decision step before each target token, nats; see `step_entropies`."""
+    return step_entropies(backbone, prompts, targets)["attention"]
+
+
+def step_entropies(
+    backbone: Backbone, prompts: list[list[int]], targets: list[list[int]]
+) -> dict[str, list[list[float]]]:
+    """Entropies at the decision step before each target token, teacher-forced, nats; one list a row.
 
     Entry 0 is the prompt end. Prompts need two tokens or more. Rows of the monitored layer only, never T x T.
+
+    Returns:
+        "attention" and "output" (of the next-token distribution).
     """
     with torch.no_grad():
         # The prompt's last token opens the second pass: its row is the prompt-end decision.
@@ -63,11 +73,15 @@ def target_entropies(backbone: Backbone, prompts: list[list[int]], targets: list
         last = torch.tensor([[p[-1]] for p in prompts], device=backbone.device)
         backbone.observe(True, rows=ids.shape[1])
         try:
-            backbone.extend(state, backbone.embed(torch.cat([last, ids[:, :-1]], 1)))
-            rows = backbone.row_entropies()
+            hidden = backbone.extend(state, backbone.embed(torch.cat([last, ids[:, :-1]], 1)))
+            attention = backbone.row_entropies()
         finally:
             backbone.observe(False)
-    return [r[: len(t)] for r, t in zip(rows.tolist(), targets, strict=True)]
+        output = torch.distributions.Categorical(logits=backbone.logits(hidden).float()).entropy()
+    return {
+        name: [row[: len(t)] for row, t in zip(values.tolist(), targets, strict=True)]
+        for name, values in (("attention", attention), ("output", output))
+    }
 
 
 def _right_pad(targets: list[list[int]], backbone: Backbone) -> tuple[Tensor, Tensor]:

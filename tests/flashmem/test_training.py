@@ -25,7 +25,9 @@ from flashmem import (
     new_memory,
     train_memory,
 )
-from flashmem.training import sequence_loss, target_entropies
+from flashmem.training import sequence_loss
+from flashmem.training_data import Placed, high_place, place, split
+from flashmem.training_loss import step_entropies
 from tests.flashmem.conftest import make_backbone, prompts_of
 
 FAST = TrainConfig(lr=3e-3, batch_size=8, max_steps=25, clip=1.0)
@@ -92,9 +94,28 @@ def test_teacher_forced_entropies_equal_decoding(backbone) -> None:
     config = GenerationConfig(max_new_tokens=6, eos_token_id=-1)
     prompts = prompts_of(12, 8)
     runs = generate(backbone, prompts, generation_config=config, trace=True)
-    forced = target_entropies(backbone, prompts, [r.token_ids for r in runs])
-    for run, row in zip(runs, forced, strict=True):
-        assert row == pytest.approx(run.entropies, abs=1e-5)
+    forced = step_entropies(backbone, prompts, [r.token_ids for r in runs])
+    for run, attention, output in zip(runs, forced["attention"], forced["output"], strict=True):
+        assert attention == pytest.approx(run.entropies, abs=1e-5)
+        assert output == pytest.approx(run.output_entropies, abs=1e-4)
+
+
+def test_mixed_memories_stand_where_the_triggers_fire(backbone) -> None:
+    entropies = [float(i) for i in range(20)]
+    assert {high_place(entropies, draw / 10) for draw in range(10)} == {17, 18, 19}
+    assert high_place([0.2, 0.1], 0.99) == 0
+    prompts, targets = prompts_of(9, 6), prompts_of(8, 5)
+    examples = [Example(p, t) for p, t in zip(prompts, targets, strict=True)]
+    drawn = [row for step in range(60) for row in place(examples, "mixed", f"0|{step}")]
+    assert 40 < sum(row.cut == 0 for row in drawn) < 85
+    assert {row.signal for row in drawn if row.cut is None} == {"attention", "output"}
+    chosen = [Placed(e, None, signal, 0.0) for e in examples for signal in ("attention", "output")]
+    prefixes, rest = split(backbone, chosen)
+    found = step_entropies(backbone, prompts, targets)
+    for row, prefix, target in zip(chosen, prefixes, rest, strict=True):
+        assert prefix + target == row.example.prompt_ids + row.example.target_ids and target
+        values = found[row.signal][examples.index(row.example)]
+        assert values[len(prefix) - len(row.example.prompt_ids)] == pytest.approx(max(values), abs=1e-5)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "phi3"])
