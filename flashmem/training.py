@@ -62,6 +62,8 @@ class TrainConfig:
         micro_batch_size: samples that a process computes at once; None is all of its share of a step.
         activation_checkpointing: run layers again in the backward pass instead of keeping what they computed.
         validate_every: steps between two measurements on the validation examples; None measures never.
+        keep: weight of KL(plain || with memory) on the target tokens that the plain backbone gets right; 0 is the
+            paper's loss.
         patience: measurements without a new lowest loss after which training stops; None never stops early.
     """
 
@@ -79,10 +81,13 @@ class TrainConfig:
     activation_checkpointing: bool = False
     validate_every: int | None = None
     patience: int | None = None
+    keep: float = 0.0
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.batch_size < 1 or self.epochs <= 0 or not 0 <= self.warmup < 1:
             raise ConfigError("Training needs lr > 0, batch_size >= 1, epochs > 0 and warmup from 0 to below 1.")
+        if self.keep < 0:
+            raise ConfigError(f"keep is {self.keep}; it must be 0 or more.")
         if self.insertion not in ("prompt-end", "mixed"):
             raise ConfigError(f"insertion is {self.insertion!r}; use prompt-end or mixed.")
         for name in ("micro_batch_size", "validate_every", "patience"):
@@ -267,7 +272,9 @@ class _Trainer:
         mixed = self.backbone.dtype != torch.float32
         recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
         with torch.autocast(self.backbone.device.type, self.backbone.dtype, enabled=mixed):
-            return sequence_loss(self.backbone, self.memory, prefixes, targets, recompute=recompute)
+            return sequence_loss(
+                self.backbone, self.memory, prefixes, targets, recompute=recompute, keep=self.config.keep
+            )
 
     def _sum_gradients(self, loss: Tensor) -> float:
         """Add up gradients and loss over the processes, in one message; returns the loss."""

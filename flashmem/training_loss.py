@@ -8,13 +8,14 @@ attention entropy of a teacher-forced answer, which says where the trigger would
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from flashmem.backbone import Backbone, DecodeState
 from flashmem.memory import MemoryContext, MemorySource
-from flashmem.training_recompute import recomputing
+from flashmem.training_recompute import prefix_of, recomputing
 
 _IGNORE = -100
 
@@ -26,8 +27,12 @@ def sequence_loss(
     targets: list[list[int]],
     *,
     recompute: bool = False,
+    keep: float = 0.0,
 ) -> tuple[Tensor, int]:
     """Cross-entropy of the targets after [prefix, M], summed over tokens, and the number of tokens.
+
+    With `keep` above 0 the divergence KL(plain || with memory) of each token that the plain backbone would have got
+    right is added, so many times: a memory should leave alone what needs no help.
 
     Args:
         backbone: frozen.
@@ -35,20 +40,39 @@ def sequence_loss(
         prefixes: token ids before M.
         targets: token ids after M, each at least one long.
         recompute: keep no activations of the layers, run them again in the backward pass.
+        keep: weight of that divergence; 0 is the paper's loss.
     """
     with torch.no_grad():
         state = backbone.prefill(prefixes, keep_inputs=memory.needs_history)
-    ids, labels = _right_pad(targets, backbone)
+        ids, labels = _right_pad(targets, backbone)
+        plain = _plain_logits(backbone, state, ids) if keep else None
     with recomputing(backbone, memory, state) if recompute else nullcontext():
         latents = memory(MemoryContext(backbone, state, [0] * len(prefixes)))
         # The last target token predicts nothing that counts, so it is not fed.
         embeds = torch.cat([latents.to(backbone.dtype), backbone.embed(ids[:, :-1])], 1)
         hidden = backbone.extend(state, embeds)
     kept = hidden[:, latents.shape[1] - 1 :]
+    logits = backbone.logits(kept)
     loss = torch.nn.functional.cross_entropy(
-        backbone.logits(kept).flatten(0, 1), labels.flatten(), ignore_index=_IGNORE, reduction="sum"
+        logits.flatten(0, 1), labels.flatten(), ignore_index=_IGNORE, reduction="sum"
     )
+    if plain is not None:
+        loss = loss + keep * _moved(plain, logits, plain.argmax(-1) == labels)
     return loss, int((labels != _IGNORE).sum())
+
+
+def _plain_logits(backbone: Backbone, state: DecodeState, ids: Tensor) -> Tensor:
+    """Logits `[B, Y, V]` for the targets `[B, Y]` without a memory; the state stays as it is."""
+    probe = replace(state, cache=prefix_of(state.cache), encoded=list(state.encoded), inputs=None)
+    hidden = backbone.extend(probe, backbone.embed(ids[:, :-1])) if ids.shape[1] > 1 else None
+    first = state.logits[:, None]
+    return first if hidden is None else torch.cat([first, backbone.logits(hidden)], 1)
+
+
+def _moved(plain: Tensor, logits: Tensor, counted: Tensor) -> Tensor:
+    """KL(plain || with memory) in nats, summed over the counted tokens `[B, Y]`."""
+    known, found = plain[counted].log_softmax(-1), logits[counted].log_softmax(-1)
+    return torch.nn.functional.kl_div(found, known, log_target=True, reduction="sum")
 
 
 def target_entropies(backbone: Backbone, prompts: list[list[int]], targets: list[list[int]]) -> list[list[float]]:

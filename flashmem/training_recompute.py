@@ -42,7 +42,7 @@ def recomputing(backbone: Backbone, memory: MemorySource, state: DecodeState) ->
         memory: the source whose blocks are run again too, where they can be.
         state: prefilled; its cache is read and no longer appended to.
     """
-    state.cache = _prefix(state.cache)
+    state.cache = prefix_of(state.cache)
     modules = [*backbone.decoder.layers, *_blocks(memory)]
     before = [module.__dict__.get("forward") for module in modules]
     for module in modules:
@@ -53,7 +53,8 @@ def recomputing(backbone: Backbone, memory: MemorySource, state: DecodeState) ->
         _restore(modules, before)
 
 
-def _prefix(cache: DynamicCache) -> DynamicCache:
+def prefix_of(cache: DynamicCache) -> DynamicCache:
+    """A cache that shows new keys behind those of `cache` and keeps nothing of them."""
     view = DynamicCache()
     for layer in cache.layers:
         entry = _PrefixLayer()

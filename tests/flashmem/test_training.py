@@ -25,6 +25,7 @@ from flashmem import (
     new_memory,
     train_memory,
 )
+from flashmem.memory import MemoryContext
 from flashmem.training import sequence_loss
 from flashmem.training_data import Placed, high_place, place, split
 from flashmem.training_loss import step_entropies
@@ -76,8 +77,6 @@ def test_loss_is_the_plain_loss_over_one_sequence(backbone) -> None:
         expected = 0.0
         for prompt, target in zip(prompts, targets, strict=True):
             state = backbone.prefill([prompt])
-            from flashmem.memory import MemoryContext
-
             latents = memory(MemoryContext(backbone, state, [0]))
             text = backbone.embed(torch.tensor([prompt]))
             tail = backbone.embed(torch.tensor([target]))
@@ -88,6 +87,33 @@ def test_loss_is_the_plain_loss_over_one_sequence(backbone) -> None:
             )
     assert tokens == 5
     torch.testing.assert_close(loss, torch.as_tensor(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_keep_adds_the_divergence_where_the_plain_backbone_is_right(backbone) -> None:
+    memory = new_memory(MemoryConfig(length=3), backbone)
+    prompts, targets = prompts_of(9, 6), prompts_of(4, 2)
+    logits = {}
+    for row, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
+        with torch.no_grad():
+            ids = torch.tensor([prompt + target])
+            logits[row] = backbone.model(ids).logits[0, len(prompt) - 1 : -1].float()
+        # The first token of each target is what the plain backbone would say.
+        targets[row][0] = int(logits[row][0].argmax())
+    expected = torch.zeros(())
+    for prompt, target in zip(prompts, targets, strict=True):
+        state = backbone.prefill([prompt])
+        latents = memory(MemoryContext(backbone, state, [0]))
+        whole = torch.cat([backbone.embed(torch.tensor([prompt])), latents, backbone.embed(torch.tensor([target]))], 1)
+        after = backbone.model(inputs_embeds=whole).logits[0, len(prompt) + 2 : -1].log_softmax(-1)
+        before = backbone.model(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        right = before.argmax(-1) == torch.tensor(target)
+        expected = expected + (before.exp() * (before - after)).sum(-1)[right].sum()
+    bare, _ = sequence_loss(backbone, memory, prompts, targets)
+    kept, _ = sequence_loss(backbone, memory, prompts, targets, keep=2.0)
+    assert float(expected.detach()) > 0
+    torch.testing.assert_close(kept - bare, 2 * expected, rtol=1e-3, atol=1e-3)
+    again, _ = sequence_loss(backbone, memory, prompts, targets, keep=2.0, recompute=True)
+    torch.testing.assert_close(again, kept, rtol=1e-5, atol=1e-5)
 
 
 def test_teacher_forced_entropies_equal_decoding(backbone) -> None:
