@@ -68,7 +68,8 @@ class DecodeState:
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """The cached K and V of one layer, both `[B, G, T, d_h]` (views: do not write)."""
-        return self.cache.layers[layer].keys, self.cache.layers[layer].values
+        here, entry = self.positions.device, self.cache.layers[layer]
+        return entry.keys.to(here), entry.values.to(here)
 
     def visible(self, query_positions: Tensor, window: int | None) -> Tensor | None:
         """`[B, 1, Q, T]` True where queries at `[B, Q]` may look; None when every slot is visible to all of them."""
@@ -114,6 +115,7 @@ class Backbone:
         device: str = "cpu",
         dtype: str = "float32",
         trust_remote_code: bool = False,
+        device_map: str | dict[str, Any] | None = None,
     ) -> Backbone:
         """Load a backbone from a local folder or a hub id.
 
@@ -122,13 +124,15 @@ class Backbone:
             device: torch device.
             dtype: name of a floating torch dtype, such as "float32" or "bfloat16".
             trust_remote_code: run code that comes with the model; off unless asked.
+            device_map: accelerate's placement of the layers over several devices, such as "auto"; `device` is then
+                not used. What this library keeps beside the model lies on the first of them.
 
         Raises:
             UnsupportedBackboneError: the family is not one of `flashmem.loading.FAMILIES`.
             FlashMemError: nothing is found under that name.
         """
-        model, tokenizer = load(name_or_path, dtype, trust_remote_code)
-        return cls(Path(name_or_path).name, model.to(device), tokenizer)
+        model, tokenizer = load(name_or_path, dtype, trust_remote_code, device_map)
+        return cls(Path(name_or_path).name, model if device_map is not None else model.to(device), tokenizer)
 
     @property
     def decoder(self) -> nn.Module:
@@ -222,8 +226,10 @@ class Backbone:
         """Cosine and sine `[B, Q, d_h]` that a layer uses for positions `[B, Q]`."""
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         if self.config.model_type == "gemma3_text":
-            return self.decoder.rotary_emb(like, positions, self.layer_types[layer])
-        return self.decoder.rotary_emb(like, positions)
+            cosine, sine = self.decoder.rotary_emb(like, positions, self.layer_types[layer])
+        else:
+            cosine, sine = self.decoder.rotary_emb(like, positions)
+        return cosine.to(self.device), sine.to(self.device)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, no special tokens added."""
@@ -320,11 +326,11 @@ class Backbone:
             past_key_values=state.cache,
             use_cache=True,
         )
-        return output.last_hidden_state
+        return output.last_hidden_state.to(self.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """LM head of hidden states `[..., d]`, with the family's cap on the logits, in float32 `[..., V]`."""
-        logits = self.model.get_output_embeddings()(hidden.to(self.dtype)).float()
+        logits = self.model.get_output_embeddings()(hidden.to(self.dtype)).float().to(self.device)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -407,7 +413,7 @@ class Backbone:
         """Take logits, hidden state and entropy from the newest position, for the rows that moved."""
         newest = hidden[:, -1]
         logits = self.logits(newest)
-        entropy = self._tap.entropy[:, -1] if self._tap is not None else state.entropy
+        entropy = self._tap.entropy[:, -1].to(self.device) if self._tap is not None else state.entropy
         if rows is None:
             state.logits, state.hidden, state.entropy = logits, newest, entropy
             return

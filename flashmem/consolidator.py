@@ -120,7 +120,7 @@ class ReadOnlyCache:
 
 def make_block(backbone: Backbone, layer: int, config: MemoryConfig) -> nn.Module:
     """A trainable copy of one decoder layer without its key and value projections."""
-    block = copy.deepcopy(backbone.decoder.layers[layer])
+    block = _copy(backbone.decoder.layers[layer])
     attention = block.self_attn
     monitor.detach(attention)
     block.requires_grad_(True)
@@ -137,6 +137,16 @@ def make_block(backbone: Backbone, layer: int, config: MemoryConfig) -> nn.Modul
         # The adapter drops the keys, so training it would only decay the weight.
         attention.k_norm.requires_grad_(False)
     return block
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A copy that is nobody's part: a placement over several devices hooks modules to theirs."""
+    copied = copy.deepcopy(module)
+    if any(hasattr(part, "_hf_hook") for part in copied.modules()):
+        from accelerate.hooks import remove_hook_from_module
+
+        remove_hook_from_module(copied, recurse=True)
+    return copied
 
 
 def _freeze_keys_values(attention: nn.Module) -> None:
@@ -164,7 +174,7 @@ class Consolidator(nn.Module):
         self.reads = [last] * config.depth if config.kv_layer == "last" else sources
         self.seed = Seed(backbone.hidden_size)
         self.blocks = nn.ModuleList(make_block(backbone, layer, config) for layer in sources)
-        self.norm = copy.deepcopy(backbone.decoder.norm).requires_grad_(True)
+        self.norm = _copy(backbone.decoder.norm).requires_grad_(True)
         self.output = OutputMap(config.output_map, backbone)
 
     def forward(self, hidden: Tensor, backbone: Backbone, state: DecodeState, cached: KeysValues) -> Tensor:

@@ -26,7 +26,7 @@ FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma2", "gemma3_text", "phi3
 
 
 def load(
-    name_or_path: str | Path, dtype: str, trust_remote_code: bool
+    name_or_path: str | Path, dtype: str, trust_remote_code: bool, device_map: str | dict[str, Any] | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal LM and its tokenizer.
 
@@ -34,6 +34,7 @@ def load(
         name_or_path: folder with a transformers model, or a hub id.
         dtype: name of a floating torch dtype.
         trust_remote_code: run code that comes with the model.
+        device_map: accelerate's placement of the layers; None leaves the model on the CPU.
 
     Raises:
         UnsupportedBackboneError: the family is not one of `FAMILIES`.
@@ -42,7 +43,8 @@ def load(
     options = {"trust_remote_code": trust_remote_code}
     try:
         require_supported(AutoConfig.from_pretrained(name_or_path, **options))
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=_dtype(dtype), **options)
+        placed = {} if device_map is None else {"device_map": device_map}
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=_dtype(dtype), **placed, **options)
         return model, _tokenizer(name_or_path, options)
     except (OSError, ValueError) as error:
         raise FlashMemError(

@@ -95,7 +95,7 @@ def row_entropy(weights: Tensor, exclude: Tensor | None, *, normalise: bool = Fa
     """
     p = weights.float()
     if exclude is not None:
-        p = p.masked_fill(exclude[:, None, None, None, :], 0.0)
+        p = p.masked_fill(exclude[:, None, None, None, :].to(p.device), 0.0)
     mass = p.sum(-1)
     plogp = torch.special.entr(p).sum(-1)
     entropy = torch.where(mass > 0, mass.clamp_min(1e-30).log() + plogp / mass.clamp_min(1e-30), 0.0)

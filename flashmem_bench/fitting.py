@@ -10,7 +10,8 @@ backbone solved and the memory breaks), `gain` the mean rise where it raises it.
 suite and over all.
 
 Everything continues where it stopped: sampled answers, training steps, and a finished checkpoint is not trained
-again.
+again. Under `accelerate launch` the processes share the sampling, each training step and the measurement; the first
+one writes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +35,9 @@ from flashmem_bench.settings import Settings, resolve
 from flashmem_bench.thresholds import spread
 
 if TYPE_CHECKING:
+    from flashmem.backbone import Backbone
     from flashmem.memory import MemorySource
+    from flashmem.placement import Processes
     from flashmem.training import Example, TrainConfig, TrainReport
     from flashmem_bench.tasks import Sample, Suite
 
@@ -41,6 +45,7 @@ TARGETS = ("gold", "self")
 TRAINABLE = ("flashmem", "flashmem-separate-encoder")
 _SELF_DRAWS = 4
 _SELF_TEMPERATURE = 0.8
+_SELF_BATCH = 16
 _VALIDATION_BATCH = 8
 
 
@@ -56,6 +61,7 @@ class FitRequest:
         validation: Validation samples a suite at most.
         out: Folder of the checkpoint; None = the place where `run` looks first.
         provisional: It may be used by default although it does harm.
+        held_out: Examples of the validation splits on which early stopping measures, over all suites.
     """
 
     method: str
@@ -65,6 +71,7 @@ class FitRequest:
     validation: int = 200
     out: Path | None = None
     provisional: bool = False
+    held_out: int = 256
 
     def __post_init__(self) -> None:
         if self.method not in TRAINABLE:
@@ -98,20 +105,51 @@ def fit(session: Session, wanted: FitRequest, watcher: Watcher | None = None) ->
     Raises:
         BenchError: Nothing to train on.
     """
-    from flashmem.training import train_memory
-
-    watcher = watcher or Watcher()
+    watcher, together = watcher or Watcher(), joined()
     folder = wanted.out or _default_folder(session.request, wanted)
-    if (folder / "config.json").exists() and "harm" in read_record(folder).get("metadata", {}):
+    finished = (folder / "config.json").exists() and "harm" in read_record(folder).get("metadata", {})
+    if together.agree(float(finished)):
         return FitResult(folder, read_record(folder)["metadata"], None)
     suites = [session.suite(name) for name in session.request.suites]
     memory = _new_memory(session, wanted)
+    started = time.monotonic()
+    report, examples = _train(session, suites, memory, wanted, folder, watcher)
+    metadata = _metadata(session, wanted, report, examples, time.monotonic() - started)
+    # Without harm and gain this is not yet finished, but it is not lost either.
+    if together.main:
+        memory.save_pretrained(folder, metadata)
+    metadata.update(measure(session, suites, memory, wanted, watcher))
+    if together.main:
+        memory.save_pretrained(folder, metadata)
+        shutil.rmtree(folder / "training", ignore_errors=True)
+    together.wait()
+    return FitResult(folder, metadata, report)
+
+
+@lru_cache(maxsize=1)
+def joined() -> Processes:
+    """Return the processes of this run, joined once; this one alone unless a launcher started several."""
+    from flashmem.placement import processes
+
+    return processes()
+
+
+def _train(
+    session: Session, suites: Sequence[Suite], memory: MemorySource, wanted: FitRequest, folder: Path, watcher: Watcher
+) -> tuple[TrainReport, int]:
+    """Gather the examples and fit the memory; returns the report and the number of examples."""
+    from flashmem.training import train_memory
+    from flashmem.training_curves import CURVES_FILE
+
     state = folder / "training"
     examples = [example for suite in suites for example in _examples(session, suite, wanted, state, watcher)]
     if not examples:
         raise BenchError(f"no example to train on: {_why_none(wanted)}")
+    held_out: list[Example] = []
+    if wanted.train.validate_every is not None:
+        share = max(1, wanted.held_out // len(suites))
+        held_out = [e for suite in suites for e in _examples(session, suite, wanted, state, watcher, share)]
     watcher.stage(f"training on {len(examples)} examples", 1.0)
-    started = time.monotonic()
     with training_threads():
         report = train_memory(
             session.backbone,
@@ -120,14 +158,11 @@ def fit(session: Session, wanted: FitRequest, watcher: Watcher | None = None) ->
             wanted.train,
             state_dir=state,
             on_step=lambda step: watcher.advance(step.progress, f"step {step.step}, loss {step.loss:.4f}"),
+            validation=held_out,
+            curves=folder / CURVES_FILE,
+            processes=joined(),
         )
-    metadata = _metadata(session, wanted, report, len(examples), time.monotonic() - started)
-    # Without harm and gain this is not yet finished, but it is not lost either.
-    memory.save_pretrained(folder, metadata)
-    metadata.update(measure(session, suites, memory, wanted, watcher))
-    memory.save_pretrained(folder, metadata)
-    shutil.rmtree(state, ignore_errors=True)
-    return FitResult(folder, metadata, report)
+    return report, len(examples)
 
 
 def _default_folder(request: Request, wanted: FitRequest) -> Path:
@@ -159,21 +194,46 @@ def _new_memory(session: Session, wanted: FitRequest) -> MemorySource:
     return new_memory(memory_config(settings), session.backbone)
 
 
-def _examples(session: Session, suite: Suite, wanted: FitRequest, state: Path, watcher: Watcher) -> Iterator[Example]:
-    """Yield the examples of a suite that fit into the backbone."""
+def _examples(
+    session: Session, suite: Suite, wanted: FitRequest, state: Path, watcher: Watcher, held_out: int | None = None
+) -> Iterator[Example]:
+    """Yield the examples of a suite that fit into the backbone: of the training split, or held-out ones."""
     from flashmem.training import Example
 
     backbone = session.backbone
     room = backbone.max_positions - memory_settings(session, wanted.method).memory.length
-    samples = spread(suite.samples("train"), wanted.examples)
-    texts = ((s, s.target) for s in samples)
+    split = "train" if held_out is None else "validation"
+    samples = spread(suite.samples(split), wanted.examples if held_out is None else held_out)
+    texts: Iterator[tuple[Sample, str]] = ((s, s.target) for s in samples)
     if wanted.targets == "self":
-        texts = own_answers(session, suite, samples, state / f"self-{suite.name}.jsonl", watcher)
-    end = [] if backbone.tokenizer.eos_token_id is None else [backbone.tokenizer.eos_token_id]
+        name = suite.name.replace("/", "--") + ("" if held_out is None else "-held-out")
+        texts = own_answers(session, suite, samples, state / f"self-{name}.jsonl", watcher)
+    end = end_of_answer(backbone, generation_arguments(backbone, suite, Settings())["eos_token_id"] or [])
     for sample, target in texts:
         example = Example(backbone.encode_chat(sample.prompt), backbone.encode(target) + end)
         if len(example.prompt_ids) + len(example.target_ids) <= room:
             yield example
+
+
+def end_of_answer(backbone: Backbone, stops: Sequence[int]) -> list[int]:
+    """Return the token that ends a training target: one at which generation stops.
+
+    A chat model often has several, and its tokenizer's EOS need not be the one that ends a turn. Taken is the one that
+    the chat template writes after an answer; else the tokenizer's own, if generation stops there; else the first.
+
+    Args:
+        backbone: Whose template is asked.
+        stops: Token ids at which generation stops.
+    """
+    tokenizer = backbone.tokenizer
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2]
+        written = [token for token in backbone.encode(after) if token in stops]
+        if written:
+            return written[:1]
+    own = tokenizer.eos_token_id
+    return [own] if own in stops else list(stops[:1])
 
 
 def own_answers(
@@ -185,42 +245,68 @@ def own_answers(
         session: The loaded parts.
         suite: Grades the answers.
         samples: Training samples.
-        cache: JSON lines of finished samples, so that sampling continues where it stopped.
+        cache: JSON lines of finished samples, one file a process, so that sampling continues where it stopped.
         watcher: Told how far it is.
     """
-    known = {}
-    if cache.exists():
-        lines = cache.read_text(encoding="utf-8").split("\n")[:-1]
-        known = {entry["sample_id"]: entry["text"] for entry in map(json.loads, lines)}
+    together = joined()
+    known = _known_answers(cache)
+    together.wait()
     cache.parent.mkdir(parents=True, exist_ok=True)
-    watcher.stage(f"sampling answers of the backbone on {suite.name}", len(samples))
-    with cache.open("a", encoding="utf-8") as file:
-        for index, sample in enumerate(samples):
-            if sample.sample_id not in known:
-                known[sample.sample_id] = _right_answer(session, suite, sample)
-                file.write(json.dumps({"sample_id": sample.sample_id, "text": known[sample.sample_id]}) + "\n")
+    # Always the same batches, whatever is known already: what is drawn depends on who is in the batch.
+    groups = [samples[start : start + _SELF_BATCH] for start in range(0, len(samples), _SELF_BATCH)]
+    watcher.stage(f"sampling answers of the backbone on {suite.name}", len(groups))
+    own = cache.with_name(f"{cache.stem}.{together.rank}.jsonl") if together.world > 1 else cache
+    cut_short = own.exists() and not own.read_bytes().endswith(b"\n")
+    with own.open("a", encoding="utf-8") as file:
+        file.write("\n" if cut_short else "")
+        for index, group in enumerate(groups):
+            if index % together.world == together.rank and any(s.sample_id not in known for s in group):
+                found = _right_answers(session, suite, group)
+                new = {name: text for name, text in found.items() if name not in known}
+                file.writelines(json.dumps({"sample_id": name, "text": text}) + "\n" for name, text in new.items())
                 file.flush()
-            text = known[sample.sample_id]
-            if text is not None:
-                yield sample, text
             watcher.advance(index + 1)
+    together.wait()
+    known = _known_answers(cache)
+    return ((s, known[s.sample_id]) for s in samples if known[s.sample_id] is not None)
 
 
-def _right_answer(session: Session, suite: Suite, sample: Sample) -> str | None:
+def _known_answers(cache: Path) -> dict[str, Any]:
+    """Read what any process has stored; a line that a kill cut short is left out."""
+    known: dict[str, Any] = {}
+    for file in sorted(cache.parent.glob(f"{cache.stem}*.jsonl")):
+        if file == cache or file.stem.removeprefix(f"{cache.stem}.").isdigit():
+            for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue
+                known[entry["sample_id"]] = entry["text"]
+    return known
+
+
+def _right_answers(session: Session, suite: Suite, samples: Sequence[Sample]) -> dict[str, str | None]:
+    """Return sample id -> right answer, or None where neither the greedy one nor any draw was right."""
     from transformers import GenerationConfig
 
     from flashmem.generation import generate
 
     backbone = session.backbone
     arguments = generation_arguments(backbone, suite, Settings())
-    prompt = backbone.encode_chat(sample.prompt)
+    found: dict[str, str | None] = {sample.sample_id: None for sample in samples}
     for draw in range(1 + _SELF_DRAWS):
+        open_ones = [sample for sample in samples if found[sample.sample_id] is None]
+        if not open_ones:
+            break
         sampling = {"do_sample": True, "temperature": _SELF_TEMPERATURE} if draw else {"do_sample": False}
         config = GenerationConfig(**{**arguments, **sampling})
-        (answer,) = generate(backbone, [prompt], generation_config=config, seed=draw)
-        if answer.finish_reason != "length" and suite.grade(sample, answer.text).score >= 1.0:
-            return answer.text
-    return None
+        prompts = [backbone.encode_chat(sample.prompt) for sample in open_ones]
+        for sample, answer in zip(
+            open_ones, generate(backbone, prompts, generation_config=config, seed=draw), strict=True
+        ):
+            if answer.finish_reason != "length" and suite.grade(sample, answer.text).score >= 1.0:
+                found[sample.sample_id] = answer.text
+    return found
 
 
 def measure(
@@ -258,6 +344,7 @@ def _scores(
 ) -> list[float]:
     from flashmem_bench.methods.latent import LatentMethod, trigger_config
 
+    samples = joined().mine(samples)
     settings = resolve({}, suite=suite.memory_defaults)
     context = BuildContext(session.backbone, suite, settings, generation_arguments(session.backbone, suite, settings))
     trigger = trigger_config(context, kind="prompt-end")
@@ -269,7 +356,7 @@ def _scores(
         answers = method.generate(prompts, batch, None, 0)
         scores += [suite.grade(s, a.text).score for s, a in zip(batch, answers, strict=True)]
         on_done(len(scores))
-    return scores
+    return joined().merge(scores)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -289,6 +376,9 @@ def _metadata(
         "provisional": wanted.provisional,
         "insertion": train.insertion,
         "examples": examples,
+        "best_step": report.best_step,
+        "best_validation_loss": report.best_validation_loss,
+        "stopped_early": report.stopped_early,
         "steps": report.steps,
         "batch_size": train.batch_size,
         "lr": train.lr,

@@ -51,13 +51,14 @@ def bundled_weights() -> Path:
     return folder
 
 
-def load_backbone(model: str, device: str = "auto", dtype: str = "auto") -> Backbone:
+def load_backbone(model: str, device: str = "auto", dtype: str = "auto", placement: str = "single") -> Backbone:
     """Load a frozen backbone.
 
     Args:
         model: `flashmem-tiny`, a folder, or a hub id.
         device: `auto` takes a GPU if there is one.
         dtype: `auto` is float32 on a CPU and bfloat16 elsewhere.
+        placement: `auto` spreads the layers over all devices, for a model too big for one.
 
     Raises:
         BenchError: Neither a folder nor a reachable hub id.
@@ -82,7 +83,10 @@ def load_backbone(model: str, device: str = "auto", dtype: str = "auto") -> Back
     # A hub id is looked for in the cache alone where the hub does not answer: no minute of retries.
     with nullcontext() if folder.is_dir() else quick_hub():
         backbone = Backbone.from_pretrained(
-            str(folder) if folder.is_dir() else model, device=chosen, dtype=chosen_dtype
+            str(folder) if folder.is_dir() else model,
+            device=chosen,
+            dtype=chosen_dtype,
+            device_map="auto" if placement == "auto" else None,
         )
     backbone.name = model_key(model)
     if chosen == "cpu" and "OMP_NUM_THREADS" not in os.environ and _parameters(backbone) < _SMALL:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 TRUNCATIONS = ("left", "middle")
 MATCHES = ("within", "pooled")
+PLACEMENTS = ("single", "auto")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Request:
         limit: The first so many samples of each suite; None = all.
         seed: Seed of sampling and of random controls.
         settings: Checked values of `--set`, dotted keys.
+        placement: single, or auto to spread the backbone over the devices that there are.
         truncate: How a prompt beyond the positions is cut; None = it is an error.
         match: How a random trigger is matched to its flashmem cell.
         calibrate_missing: Measure a threshold that is not there, instead of refusing (ablations of the monitor).
@@ -50,6 +52,7 @@ class Request:
     batch_size: int = 1
     device: str = "auto"
     dtype: str = "auto"
+    placement: str = "single"
     data_dir: Path | None = None
     results_dir: Path = Path("results")
     checkpoint: str | None = None
@@ -69,6 +72,8 @@ class Request:
             raise UsageError(f"--batch-size must be 1 or more, not {self.batch_size}")
         if self.truncate is not None and self.truncate not in TRUNCATIONS:
             raise UsageError(f"--truncate must be left or middle, not {self.truncate!r}")
+        if self.placement not in PLACEMENTS:
+            raise UsageError(f"--placement must be single or auto, not {self.placement!r}")
         if self.match not in MATCHES:
             raise UsageError(f"--match must be within or pooled, not {self.match!r}")
 
@@ -97,7 +102,9 @@ class Session:
     def backbone(self) -> Backbone:
         """The frozen model."""
         if self._backbone is None:
-            self._backbone = load_backbone(self.request.model, self.request.device, self.request.dtype)
+            self._backbone = load_backbone(
+                self.request.model, self.request.device, self.request.dtype, self.request.placement
+            )
         return self._backbone
 
     def suite(self, name: str) -> Suite:

@@ -1,4 +1,4 @@
-"""`flashmem-bench train`: fits a memory on one suite, or jointly on several."""
+"""`flashmem-bench train`: fits a memory on one suite or jointly on several, or all those of a recipe."""
 
 from __future__ import annotations
 
@@ -9,16 +9,31 @@ import typer
 from flashmem_bench.cli import options as o
 
 if TYPE_CHECKING:
-    from flashmem_bench.fitting import FitRequest, FitResult
-    from flashmem_bench.session import Request
+    from flashmem_bench.fitting import FitResult
 
 _PANEL = "Training"
 
 
+_Recipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe", help="Take everything from a recipe; other options replace parts.", rich_help_panel=_PANEL
+    ),
+]
 _Minutes = Annotated[str | None, typer.Option("--minutes", help="Stop after this time.", rich_help_panel=_PANEL)]
 _Steps = Annotated[str | None, typer.Option("--steps", help="Optimiser steps.", rich_help_panel=_PANEL)]
 _Epochs = Annotated[str, typer.Option("--epochs", help="Passes over the examples.", rich_help_panel=_PANEL)]
 _BatchSize = Annotated[str, typer.Option("--batch-size", help="Examples a step.", rich_help_panel=_PANEL)]
+_MicroBatchSize = Annotated[
+    str | None, typer.Option("--micro-batch-size", help="Examples at once; same steps, less memory.",
+                             rich_help_panel=_PANEL)
+]  # fmt: skip
+_Checkpointing = Annotated[
+    bool, typer.Option("--activation-checkpointing", help="Compute twice, keep less.", rich_help_panel=_PANEL)
+]
+_Placement = Annotated[
+    str, typer.Option("--placement", help="single, or auto: over all devices.", rich_help_panel=_PANEL)
+]
 _Lr = Annotated[str, typer.Option("--lr", help="Peak learning rate.", rich_help_panel=_PANEL)]
 _Insertion = Annotated[
     str, typer.Option("--insertion", help="Where memories go: prompt-end or mixed.", rich_help_panel=_PANEL)
@@ -36,14 +51,19 @@ _Provisional = Annotated[
 
 
 def train(
+    context: typer.Context,
     method: o.Methods = None,
     suite: o.Suites = None,
+    recipe: _Recipe = None,
     model: o.Model = "flashmem-tiny",
     limit: o.Limit = None,
     minutes: _Minutes = None,
     steps: _Steps = None,
     epochs: _Epochs = "5",
     batch_size: _BatchSize = "64",
+    micro_batch_size: _MicroBatchSize = None,
+    activation_checkpointing: _Checkpointing = False,
+    placement: _Placement = "single",
     lr: _Lr = "1e-5",
     insertion: _Insertion = "prompt-end",
     targets: _Targets = None,
@@ -67,94 +87,132 @@ def train(
     Example: flashmem-bench train --method flashmem --suite wordmath,hops --minutes 10
     """
     o.set_up_logging(debug)
+    from flashmem_bench.recipes import load_recipe
+    from flashmem_bench.reproduce import Parts, Place
+
+    values = _values(context.params)
+    if recipe is None:
+        chosen = _plain_recipe(context.params).with_values(values)
+    else:
+        given = [name for name in context.params if _on_the_line(context, name)]
+        base = load_recipe(recipe)
+        settings = {**base.settings, **values["settings"]}
+        values["settings"] = settings
+        known = {key: value for key, value in values.items() if _KEYS[key] in given or key == "settings"}
+        chosen = base.with_values(known)
+    place = Place(results_dir, data_dir, skip_bad_rows, trust_suite, o.command_line())
+    return _execute(Parts(chosen, place), out, json=json, quiet=quiet)
+
+
+# Keys of a recipe and the parameters that replace them.
+_KEYS = {
+    "model": "model",
+    "device": "device",
+    "dtype": "dtype",
+    "placement.map": "placement",
+    "suites": "suite",
+    "settings": "set_",
+    "train.methods": "method",
+    "train.seeds": "train_seed",
+    "train.targets": "targets",
+    "train.insertion": "insertion",
+    "train.lr": "lr",
+    "train.batch_size": "batch_size",
+    "train.micro_batch_size": "micro_batch_size",
+    "train.activation_checkpointing": "activation_checkpointing",
+    "train.epochs": "epochs",
+    "train.steps": "steps",
+    "train.minutes": "minutes",
+    "train.validation": "validation",
+    "train.examples": "limit",
+    "train.provisional": "provisional",
+}
+
+
+def _on_the_line(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _values(given: dict[str, Any]) -> dict[str, Any]:
+    """Read the options, each with the sentence of the option where it is wrong, as values of a recipe."""
     from flashmem_bench.errors import UsageError
-    from flashmem_bench.fitting import FitRequest
-    from flashmem_bench.models import BUNDLED
-    from flashmem_bench.registry import get_methods
-    from flashmem_bench.session import Request, Session
+    from flashmem_bench.fitting import TARGETS
     from flashmem_bench.settings import parse_assignments
 
-    methods = get_methods(o.split_list(method) or ("flashmem",))
-    if len(methods) != 1:
-        raise UsageError("train fits one method at a time; give one --method")
-    request = Request(
-        suites=o.known_suites(suite),
-        methods=(methods[0].name,),
-        model=model,
-        device=device,
-        dtype=dtype,
-        settings=parse_assignments(set_ or []),
-        data_dir=data_dir,
-        skip_bad_rows=skip_bad_rows,
-        trust_suite=trust_suite,
-        results_dir=results_dir,
-        command=o.command_line(),
-    )
-    numbers = _train_config(
-        minutes=minutes, steps=steps, epochs=epochs, batch_size=batch_size, lr=lr, insertion=insertion, seed=train_seed
-    )
-    wanted = FitRequest(
-        method=methods[0].name,
-        targets=targets or ("gold" if model == BUNDLED else "self"),
-        train=numbers,
-        examples=o.count(limit, "--limit"),
-        validation=o.count(validation, "--validation") or 200,
-        out=out,
-        provisional=provisional,
-    )
-    return _execute(Session(request), wanted, json=json, quiet=quiet)
-
-
-def _train_config(**given: Any) -> Any:
-    """Check the numbers before torch is loaded, then make the library's configuration."""
-    from flashmem_bench.errors import UsageError
-
-    values = {
-        "max_minutes": o.number(given["minutes"], "--minutes"),
-        "max_steps": o.count(given["steps"], "--steps"),
-        "epochs": o.number(given["epochs"], "--epochs"),
-        "batch_size": o.count(given["batch_size"], "--batch-size"),
-        "lr": o.number(given["lr"], "--lr"),
-        "insertion": given["insertion"],
-        "seed": o.count(given["seed"], "--train-seed", least=0),
+    for option, allowed in (("insertion", ("prompt-end", "mixed")), ("placement", ("single", "auto"))):
+        if given[option] not in allowed:
+            raise UsageError(f"--{option} must be {' or '.join(allowed)}, not {given[option]!r}")
+    if given["targets"] not in (None, *TARGETS):
+        raise UsageError(f"--targets must be gold or self, not {given['targets']!r}")
+    numbers = {name: o.number(given[name], f"--{name}") for name in ("minutes", "epochs", "lr")}
+    counts = {
+        name: o.count(given[name], "--" + name.replace("_", "-"))
+        for name in ("steps", "batch_size", "micro_batch_size", "validation", "limit")
     }
-    if values["insertion"] not in ("prompt-end", "mixed"):
-        raise UsageError(f"--insertion must be prompt-end or mixed, not {values['insertion']!r}")
-    from flashmem.training import TrainConfig
+    read = {
+        **given,
+        **numbers,
+        **counts,
+        "suite": o.split_list(given["suite"]),
+        "method": o.split_list(given["method"]) or ("flashmem",),
+        "train_seed": (o.count(given["train_seed"], "--train-seed", least=0),),
+        "set_": parse_assignments(given["set_"] or []),
+    }
+    return {key: read[name] for key, name in _KEYS.items()}
 
-    return TrainConfig(**values)
+
+def _plain_recipe(given: dict[str, Any]) -> Any:
+    """Return the recipe of a command without --recipe: one method, all suites together."""
+    from flashmem_bench.errors import UsageError
+    from flashmem_bench.recipes import Recipe
+    from flashmem_bench.registry import get_methods
+
+    methods = get_methods(o.split_list(given["method"]) or ("flashmem",))
+    if len(methods) != 1:
+        raise UsageError("train fits one method at a time; give one --method, or several in a --recipe")
+    o.known_suites(given["suite"])
+    return Recipe()
 
 
-def _execute(session: Any, wanted: FitRequest, *, json: bool, quiet: bool) -> int:
-    from flashmem_bench.fitting import fit
+def _execute(parts: Any, out: o.Path | None, *, json: bool, quiet: bool) -> int:
+    from flashmem_bench.fitting import joined
+    from flashmem_bench.reproduce import train_all, trainings
     from flashmem_bench.watch import watching
 
-    _ = session.store
-    with watching(quiet) as watcher:
-        result = fit(session, wanted, watcher)
-    if json:
-        o.emit_json({"checkpoint": str(result.path), "metadata": result.metadata, "trained": result.report is not None})
-    elif not quiet:
-        _show(session.request, wanted, result)
+    wanted = trainings(parts.recipe, parts.place.results_dir, out)
+    main = joined().main
+    with watching(quiet or not main) as watcher:
+        found = train_all(parts, wanted, watcher)
+    documents = [
+        {"checkpoint": str(result.path), "metadata": result.metadata, "trained": result.report is not None}
+        for _, result in found
+    ]
+    if json and main:
+        o.emit_json(documents[0] if len(documents) == 1 else documents)
+    elif not quiet and main:
+        for _, result in found:
+            _show(parts, result)
     return 0
 
 
-def _show(request: Request, wanted: FitRequest, result: FitResult) -> None:
+def _show(parts: Any, result: FitResult) -> None:
     from flashmem_bench.checkpoints import HARM_LIMIT, command_options
 
     facts = result.metadata
     if result.report is None:
         print(f"{result.path} is trained already; choose another --train-seed or --out to train again")
     else:
+        early = f", stopped early, best at step {facts['best_step']}" if facts["stopped_early"] else ""
         print(f"{facts['steps']} steps on {facts['examples']} examples, loss {facts['first_loss']:.3f} to "
-              f"{facts['final_loss']:.3f}")  # fmt: skip
+              f"{facts['final_loss']:.3f}{early}")  # fmt: skip
     for name in facts["suites"]:
         print(f"{name}: vanilla {facts['vanilla_score_by_suite'][name]:.3f}, one memory at the prompt end "
               f"{facts['memory_score_by_suite'][name]:.3f} (gain {facts['gain_by_suite'][name]:.3f}, harm "
               f"{facts['harm_by_suite'][name]:.3f})")  # fmt: skip
     harmful = [name for name in facts["suites"] if facts["harm_by_suite"][name] > HARM_LIMIT]
-    if harmful and not wanted.provisional:
+    if harmful and not facts.get("provisional"):
         print(f"harm is above {HARM_LIMIT:.0%} on {', '.join(harmful)}: there it is used only with --checkpoint")
     print(f"checkpoint: {result.path}")
-    options = command_options(request.results_dir, request.model)
+    options = command_options(parts.place.results_dir, parts.recipe.model)
     print(f"next: flashmem-bench calibrate --suite {','.join(facts['suites'])}{options}")

@@ -1,0 +1,274 @@
+"""From a recipe to results: every training, every threshold, every arm, the report.
+
+Each step is one of the entry points that the other commands use, and each is idempotent: a finished checkpoint, a
+threshold of the same backbone and a finished sample are not made again. The same command therefore continues after a
+kill. Memories are named to the arms by their folder: what a recipe trained is measured, also where the harm gate would
+keep it from being a default, and a sentence says so.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashmem_bench.checkpoints import HARM_LIMIT, JOINT, harm_of, read_record
+from flashmem_bench.errors import BenchError, UsageError
+from flashmem_bench.models import model_key
+from flashmem_bench.recipes import Recipe
+from flashmem_bench.registry import get_methods
+from flashmem_bench.session import Request, Session
+
+if TYPE_CHECKING:
+    from flashmem.backbone import Backbone
+    from flashmem_bench.fitting import FitRequest, FitResult, Watcher
+    from flashmem_bench.runner import CellResult
+    from flashmem_bench.tasks import Suite
+
+
+@dataclass(frozen=True)
+class Training:
+    """One memory to fit.
+
+    Attributes:
+        method: Whose memory.
+        suites: On which suites.
+        seed: Of the training.
+        folder: Of the checkpoint.
+    """
+
+    method: str
+    suites: tuple[str, ...]
+    seed: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Arms:
+    """Methods that run on one suite with one memory, or with none."""
+
+    suite: str
+    methods: tuple[str, ...]
+    seed: int
+    checkpoint: Path | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a recipe works: results, data, and what the user allows."""
+
+    results_dir: Path = Path("results")
+    data_dir: Path | None = None
+    skip_bad_rows: bool = False
+    trust_suite: bool = False
+    command: str = ""
+
+
+class Parts:
+    """What the steps of one recipe share: the backbone and the suites, loaded once."""
+
+    def __init__(self, recipe: Recipe, place: Place):
+        self.recipe, self.place = recipe, place
+        self._backbone: Backbone | None = None
+        self._suites: dict[str, Suite] = {}
+
+    def session(self, suites: Sequence[str], methods: Sequence[str], **more: Any) -> Session:
+        """Return a session of the recipe's backbone and settings."""
+        recipe, place = self.recipe, self.place
+        request = Request(
+            suites=tuple(suites),
+            methods=tuple(methods),
+            model=recipe.model,
+            device=recipe.device,
+            dtype=recipe.dtype,
+            placement=recipe.placement.map,
+            settings=recipe.settings,
+            data_dir=place.data_dir,
+            skip_bad_rows=place.skip_bad_rows,
+            trust_suite=place.trust_suite,
+            results_dir=place.results_dir,
+            command=place.command,
+            **more,
+        )
+        return _Sharing(request, self)
+
+
+class _Sharing(Session):
+    """A session whose backbone and suites outlive it."""
+
+    def __init__(self, request: Request, parts: Parts):
+        super().__init__(request, parts._backbone, {})
+        self._parts, self._suites = parts, parts._suites
+
+    @property
+    def backbone(self) -> Backbone:
+        """See `Session.backbone`."""
+        self._parts._backbone = super().backbone
+        return self._parts._backbone
+
+
+def require_suites(recipe: Recipe) -> tuple[str, ...]:
+    """Return the recipe's suites, each known to exist.
+
+    Raises:
+        UsageError: It names none, or one that nobody knows.
+    """
+    from flashmem_bench.suites import find_suite
+
+    if not recipe.suites:
+        raise UsageError("--suite is missing, and the recipe names none under suites")
+    for name in recipe.suites:
+        find_suite(name)
+    return recipe.suites
+
+
+def trainings(recipe: Recipe, results_dir: Path, out: Path | None = None) -> list[Training]:
+    """Return every memory that a recipe fits, in order.
+
+    Args:
+        recipe: The recipe.
+        results_dir: Where its results go.
+        out: Folder of the one checkpoint; None = below `train.out` or the results folder.
+
+    Raises:
+        UsageError: Suites that nobody knows, a method without a memory, or one folder for several memories.
+    """
+    from flashmem_bench.fitting import TRAINABLE
+
+    for method in recipe.train.methods:
+        if method not in TRAINABLE:
+            raise UsageError(f"train fits {' or '.join(TRAINABLE)}; the memory of {method} is one of these")
+    root = recipe.train.out or results_dir / "checkpoints" / model_key(recipe.model)
+    suites = require_suites(recipe)
+    groups = [(name,) for name in suites] if recipe.train.scope == "suite" else [suites]
+    found = [
+        Training(method, group, seed, root / _folder(group) / method / f"seed{seed}")
+        for method in recipe.train.methods
+        for group in groups
+        for seed in recipe.train.seeds
+    ]
+    if out is None:
+        return found
+    if len(found) > 1:
+        raise UsageError(
+            f"--out is the folder of one checkpoint and there are {len(found)}; use train.out in the recipe"
+        )
+    return [replace(found[0], folder=out)]
+
+
+def _folder(suites: tuple[str, ...]) -> str:
+    from flashmem_bench.suites import find_suite
+
+    return find_suite(suites[0]).name.replace("/", "--") if len(suites) == 1 else JOINT
+
+
+def fit_request(recipe: Recipe, training: Training) -> FitRequest:
+    """Return what the fitting of one memory is asked for."""
+    from flashmem.training import TrainConfig
+    from flashmem_bench.fitting import FitRequest
+
+    train, early = recipe.train, recipe.train.early_stopping
+    config = TrainConfig(
+        lr=train.lr,
+        weight_decay=train.weight_decay,
+        clip=train.clip,
+        batch_size=train.batch_size,
+        epochs=train.epochs,
+        max_steps=train.steps,
+        max_minutes=train.minutes,
+        warmup=train.warmup,
+        insertion=train.insertion,
+        seed=training.seed,
+        micro_batch_size=train.micro_batch_size,
+        activation_checkpointing=train.activation_checkpointing,
+        validate_every=early.every if early else None,
+        patience=early.patience if early else None,
+    )
+    return FitRequest(
+        method=training.method,
+        targets=recipe.targets,
+        train=config,
+        examples=train.examples,
+        validation=train.validation,
+        out=training.folder,
+        provisional=train.provisional,
+        held_out=early.examples if early else 256,
+    )
+
+
+def train_all(parts: Parts, wanted: Sequence[Training], watcher: Watcher) -> list[tuple[Training, FitResult]]:
+    """Fit the memories that are not there yet."""
+    from flashmem_bench.fitting import fit
+
+    found = []
+    for training in wanted:
+        session = parts.session(training.suites, (training.method,))
+        _ = session.store
+        result = fit(session, fit_request(parts.recipe, training), watcher)
+        found.append((training, result))
+    return found
+
+
+def arms(recipe: Recipe, results_dir: Path) -> Iterator[Arms]:
+    """Yield the runs of a recipe: methods without a memory once, the others once a training seed."""
+    folders = {(t.method, s, t.seed): t.folder for t in trainings(recipe, results_dir) for s in t.suites}
+    for suite in recipe.suites:
+        for seed in recipe.run.seeds:
+            groups: dict[str | None, list[str]] = {}
+            for spec in get_methods(recipe.run.methods):
+                groups.setdefault(spec.memory_of, []).append(spec.name)
+            for source, methods in groups.items():
+                found = [folder for (m, s, _), folder in folders.items() if (m, s) == (source, suite)]
+                for folder in found or [None]:
+                    yield Arms(suite, tuple(methods), seed, folder)
+
+
+def run_arms(parts: Parts, progress: Any, say: Callable[[str], None]) -> list[CellResult]:
+    """Run every arm of a recipe.
+
+    Raises:
+        BenchError: A memory of the recipe is not there.
+    """
+    from flashmem_bench.runner import run_grid
+
+    results: list[CellResult] = []
+    for arm in arms(parts.recipe, parts.place.results_dir):
+        if arm.checkpoint is not None:
+            say_harm(arm, say)
+        session = parts.session(
+            (arm.suite,),
+            arm.methods,
+            seed=arm.seed,
+            limit=parts.recipe.run.limit,
+            batch_size=parts.recipe.run.batch_size,
+            checkpoint=str(arm.checkpoint) if arm.checkpoint else None,
+        )
+        results += run_grid(session.request, progress=progress, session=session)
+    return results
+
+
+def say_harm(arm: Arms, say: Callable[[str], None]) -> None:
+    """Say so where a memory is measured that the harm gate keeps from being a default."""
+    if arm.checkpoint is None or not (arm.checkpoint / "config.json").exists():
+        raise BenchError(f"the memory {arm.checkpoint} is not there: train it first")
+    harm = harm_of(read_record(arm.checkpoint).get("metadata") or {}, arm.suite)
+    if harm is not None and harm > HARM_LIMIT:
+        say(
+            f"{arm.checkpoint} breaks {harm:.1%} of the validation samples of {arm.suite}: "
+            "it is no default, and is measured all the same"
+        )
+
+
+def launch(arguments: Sequence[str], processes: int) -> None:
+    """Run one of our commands in several processes through accelerate.
+
+    Raises:
+        BenchError: It failed; the message has the command.
+    """
+    line = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "-m"]
+    if subprocess.run([*line, "flashmem_bench", *arguments], check=False).returncode != 0:
+        raise BenchError(f"this failed: {shlex.join(['accelerate', *line[3:], 'flashmem_bench', *arguments])}")
