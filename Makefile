@@ -15,7 +15,7 @@ DEMO_LIMIT ?= 100
 TINY_MINUTES ?= 21
 METHODS := vanilla,flashmem,flashmem-literal,flashmem-prompt-end,flashmem-no-monitor,flashmem-fixed-trigger,flashmem-random-trigger,flashmem-output-entropy,flashmem-separate-encoder,flashmem-random-memory,flashmem-shuffled-memory,flashmem-mean-memory,flashmem-noop-memory
 
-.PHONY: setup demo test test-all report tiny memories lint wheel clean
+.PHONY: setup demo test test-all report reproduce tiny memories lint wheel clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,10 @@ test-all: setup
 
 report: setup
 	$(BENCH) report
+
+# A recipe from plan to report; stopped, the same command continues. RECIPE is a name from recipes/ or a file.
+reproduce: setup
+	$(BENCH) reproduce $(or $(RECIPE),$(error name one, such as make reproduce RECIPE=qwen2.5-1.5b-gsm8k))
 
 # The bundled backbone from scratch; the real training splits come from FLASHMEM_DATA. Stopped, it continues.
 # Memories and thresholds belong to one backbone: make memories comes after it.

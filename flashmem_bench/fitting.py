@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from flashmem_bench.checkpoints import JOINT, checkpoint_folder, read_record
 from flashmem_bench.errors import BenchError, UsageError
 from flashmem_bench.methods.base import BuildContext
-from flashmem_bench.models import training_threads
+from flashmem_bench.models import model_key, training_threads
 from flashmem_bench.registry import get_method
 from flashmem_bench.session import Request, Session, generation_arguments
 from flashmem_bench.settings import Settings, resolve
@@ -141,14 +141,13 @@ def _train(
     from flashmem.training import train_memory
     from flashmem.training_curves import CURVES_FILE
 
-    state = folder / "training"
-    examples = [example for suite in suites for example in _examples(session, suite, wanted, state, watcher)]
+    examples = [example for suite in suites for example in _examples(session, suite, wanted, watcher)]
     if not examples:
         raise BenchError(f"no example to train on: {_why_none(wanted)}")
     held_out: list[Example] = []
     if wanted.train.validate_every is not None:
         share = max(1, wanted.held_out // len(suites))
-        held_out = [e for suite in suites for e in _examples(session, suite, wanted, state, watcher, share)]
+        held_out = [e for suite in suites for e in _examples(session, suite, wanted, watcher, share)]
     watcher.stage(f"training on {len(examples)} examples", 1.0)
     with training_threads():
         report = train_memory(
@@ -156,7 +155,7 @@ def _train(
             memory,
             examples,
             wanted.train,
-            state_dir=state,
+            state_dir=folder / "training",
             on_step=lambda step: watcher.advance(step.progress, f"step {step.step}, loss {step.loss:.4f}"),
             validation=held_out,
             curves=folder / CURVES_FILE,
@@ -195,7 +194,7 @@ def _new_memory(session: Session, wanted: FitRequest) -> MemorySource:
 
 
 def _examples(
-    session: Session, suite: Suite, wanted: FitRequest, state: Path, watcher: Watcher, held_out: int | None = None
+    session: Session, suite: Suite, wanted: FitRequest, watcher: Watcher, held_out: int | None = None
 ) -> Iterator[Example]:
     """Yield the examples of a suite that fit into the backbone: of the training split, or held-out ones."""
     from flashmem.training import Example
@@ -206,13 +205,19 @@ def _examples(
     samples = spread(suite.samples(split), wanted.examples if held_out is None else held_out)
     texts: Iterator[tuple[Sample, str]] = ((s, s.target) for s in samples)
     if wanted.targets == "self":
-        name = suite.name.replace("/", "--") + ("" if held_out is None else "-held-out")
-        texts = own_answers(session, suite, samples, state / f"self-{name}.jsonl", watcher)
+        texts = own_answers(session, suite, samples, _answer_file(session, suite, split), watcher)
     end = end_of_answer(backbone, generation_arguments(backbone, suite, Settings())["eos_token_id"] or [])
     for sample, target in texts:
         example = Example(backbone.encode_chat(sample.prompt), backbone.encode(target) + end)
         if len(example.prompt_ids) + len(example.target_ids) <= room:
             yield example
+
+
+def _answer_file(session: Session, suite: Suite, split: str) -> Path:
+    """Where a backbone's own answers are kept: shared by every training on them, whatever its method and seed."""
+    model = f"{model_key(session.request.model)}-{session.backbone.fingerprint}"
+    name = f"{suite.name.replace('/', '--')}-{suite.content_hash[:12]}-{split}.jsonl"
+    return session.request.results_dir / "self-answers" / model / name
 
 
 def end_of_answer(backbone: Backbone, stops: Sequence[int]) -> list[int]:

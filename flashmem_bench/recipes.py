@@ -55,6 +55,7 @@ class Train(_Part):
     scope: Literal["joint", "suite"] = "joint"
     targets: Literal["gold", "self"] | None = None
     insertion: Literal["prompt-end", "mixed"] = "prompt-end"
+    keep: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     lr: Positive = 1e-5
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip: Positive = 0.53

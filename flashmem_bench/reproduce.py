@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from flashmem_bench.fitting import FitRequest, FitResult, Watcher
     from flashmem_bench.runner import CellResult
     from flashmem_bench.tasks import Suite
+    from flashmem_bench.thresholds import Thresholds
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ def fit_request(recipe: Recipe, training: Training) -> FitRequest:
         activation_checkpointing=train.activation_checkpointing,
         validate_every=early.every if early else None,
         patience=early.patience if early else None,
+        keep=train.keep,
     )
     return FitRequest(
         method=training.method,
@@ -211,6 +213,124 @@ def train_all(parts: Parts, wanted: Sequence[Training], watcher: Watcher) -> lis
         result = fit(session, fit_request(parts.recipe, training), watcher)
         found.append((training, result))
     return found
+
+
+def train_recipe(name: str, parts: Parts, watcher: Watcher) -> None:
+    """Fit every memory of a recipe; where it asks for several processes, in those, through `train --recipe`."""
+    recipe, place = parts.recipe, parts.place
+    wanted = trainings(recipe, place.results_dir)
+    if recipe.placement.processes == 1:
+        train_all(parts, wanted, watcher)
+    elif not all(is_fitted(training.folder) for training in wanted):
+        launch(["train", "--recipe", name, *_place_options(place)], recipe.placement.processes)
+
+
+def calibrate_all(parts: Parts, watcher: Watcher) -> None:
+    """Measure the thresholds of the recipe's suites that are not there yet, for this backbone and these samples."""
+    from flashmem_bench.settings import resolve
+    from flashmem_bench.thresholds import file_name, joint_thresholds, threshold_folder
+
+    recipe, place = parts.recipe, parts.place
+    found: list[Thresholds] = []
+    session = parts.session(recipe.suites, ())
+    settings = resolve(session.method_settings)
+
+    def path(thresholds: Thresholds) -> Path:
+        folder = threshold_folder(place.results_dir, recipe.model, thresholds.suite)
+        return (recipe.calibrate.out / folder.name if recipe.calibrate.out else folder) / file_name(
+            thresholds.kind, settings.monitor
+        )
+
+    for name in recipe.suites:
+        found += _calibrate(parts, name, path, watcher)
+    if recipe.calibrate.joint:
+        for kind in dict.fromkeys(part.kind for part in found):
+            joint = joint_thresholds(session.backbone, [part for part in found if part.kind == kind])
+            joint.save(path(joint))
+
+
+def _calibrate(parts: Parts, name: str, path: Callable[[Thresholds], Path], watcher: Watcher) -> list[Thresholds]:
+    """Return the thresholds of a suite, measured unless the stored ones are of the same backbone and samples."""
+    from flashmem_bench.methods.base import ENTROPY_KINDS
+    from flashmem_bench.session import generation_arguments
+    from flashmem_bench.settings import resolve
+    from flashmem_bench.thresholds import Thresholds, calibrate_suite, spread
+
+    recipe, session = parts.recipe, parts.session((name,), ())
+    suite, backbone = session.suite(name), session.backbone
+    settings = resolve(session.method_settings, suite=suite.memory_defaults)
+    number = len(spread(suite.samples("calibration"), recipe.calibrate.limit))
+    known = []
+    for kind in ENTROPY_KINDS:
+        file = path(Thresholds(kind, suite.name, backbone.fingerprint, {}, {}))
+        stored = Thresholds.load(file) if file.exists() else None
+        same = {"samples": number, "seed": recipe.calibrate.seed, "suite_hash": suite.content_hash}
+        if stored and stored.fingerprint == backbone.fingerprint and same.items() <= stored.provenance.items():
+            known.append(stored)
+    if len(known) == len(ENTROPY_KINDS):
+        return known
+    watcher.stage(f"calibrating {suite.name}", 1.0)
+    measured = calibrate_suite(
+        backbone,
+        suite,
+        settings=settings,
+        generation=generation_arguments(backbone, suite, settings),
+        limit=recipe.calibrate.limit,
+        percentile=settings.trigger.percentile,
+        seed=recipe.calibrate.seed,
+        on_sample=lambda done, total: watcher.advance(done / total, f"{done} of {total} samples"),
+    )
+    for thresholds in measured.values():
+        thresholds.save(path(thresholds))
+    return list(measured.values())
+
+
+def is_fitted(folder: Path) -> bool:
+    """Whether a memory is there, trained and measured."""
+    return (folder / "config.json").exists() and "harm" in (read_record(folder).get("metadata") or {})
+
+
+def commands(name: str, parts: Parts) -> list[str]:
+    """Return the command lines that do what `reproduce` does, one a step."""
+    recipe, place = parts.recipe, parts.place
+    options = _place_options(place)
+    common = ["--model", recipe.model, "--dtype", recipe.dtype, "--device", recipe.device]
+    common += [part for key, value in recipe.settings.items() for part in ("--set", f"{key}={value}")]
+    several = ["accelerate", "launch", "--num_processes", str(recipe.placement.processes), "-m", "flashmem_bench"]
+    front = several if recipe.placement.processes > 1 else ["flashmem-bench"]
+    lines = [[*front, "train", "--recipe", name, *options]]
+    limit = ["--limit", str(recipe.calibrate.limit)] if recipe.calibrate.limit else []
+    joint = ["--joint"] if recipe.calibrate.joint else []
+    where = ["--out", str(recipe.calibrate.out)] if recipe.calibrate.out else []
+    seed = ["--seed", str(recipe.calibrate.seed)]
+    lines += [
+        ["flashmem-bench", "calibrate", "--suite", ",".join(recipe.suites), *limit, *seed, *joint, *where, *common,
+         *options]
+    ]  # fmt: skip
+    for arm in arms(recipe, place.results_dir):
+        line = [
+            "flashmem-bench",
+            "run",
+            "--suite",
+            arm.suite,
+            "--method",
+            ",".join(arm.methods),
+            "--seed",
+            str(arm.seed),
+        ]
+        line += ["--batch-size", str(recipe.run.batch_size)]
+        line += ["--limit", str(recipe.run.limit)] if recipe.run.limit else []
+        line += ["--checkpoint", str(arm.checkpoint)] if arm.checkpoint else []
+        lines.append([*line, *common, *options])
+    lines.append(["flashmem-bench", "report", "--results-dir", str(place.results_dir)])
+    return [shlex.join(line) for line in lines]
+
+
+def _place_options(place: Place) -> list[str]:
+    options = ["--results-dir", str(place.results_dir)]
+    options += ["--data-dir", str(place.data_dir)] if place.data_dir else []
+    options += ["--skip-bad-rows"] if place.skip_bad_rows else []
+    return options + (["--trust-suite"] if place.trust_suite else [])
 
 
 def arms(recipe: Recipe, results_dir: Path) -> Iterator[Arms]:

@@ -495,6 +495,23 @@ CLAIM_COLUMNS: tuple[Column, ...] = (
     _c("why", "string", "Reason of the verdict."),
 )
 
+TRAINING_COLUMNS: tuple[Column, ...] = (
+    _c("checkpoint", "string", "Folder of the memory, below the results folder where it lies there."),
+    _MODEL,
+    _c("suites", "string", "Suites that the memory was trained on, separated by commas."),
+    _METHOD,
+    _TRAIN_SEED,
+    _c("step", "int", "Optimiser step, from 1."),
+    _c("progress", "float", "Share of the run that was done when the step began.", "share"),
+    _c("loss_nats_token", "float", "Mean loss over the step's target tokens.", "nats"),
+    _c("validation_loss_nats_token", "float", "The same on held-out examples; null where not measured.", "nats"),
+    _c("grad_norm", "float", "Norm of the gradient before clipping."),
+    _c("lr", "float", "Learning rate of the step."),
+    _c("target_tokens", "int", "Target tokens trained on up to here.", "tokens"),
+    _c("seconds", "float", "Time of training up to here, interruptions left out."),
+    _c("best_step", "int", "Step whose parameters the memory has; null where it has the last one's."),
+)
+
 TABLES: dict[str, tuple[Column, ...]] = {
     "samples": SAMPLE_COLUMNS,
     "metrics": METRIC_COLUMNS,
@@ -504,6 +521,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
     "comparisons": COMPARISON_COLUMNS,
     "latency": LATENCY_COLUMNS,
     "ablations": ABLATION_COLUMNS,
+    "training": TRAINING_COLUMNS,
     "claims": CLAIM_COLUMNS,
 }
 

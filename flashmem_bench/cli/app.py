@@ -12,7 +12,9 @@ from flashmem_bench.cli.doctor import doctor
 from flashmem_bench.cli.latency import latency
 from flashmem_bench.cli.lists import list_names
 from flashmem_bench.cli.moments import moments
+from flashmem_bench.cli.plan import plan
 from flashmem_bench.cli.report import report
+from flashmem_bench.cli.reproduce import reproduce
 from flashmem_bench.cli.run import run
 from flashmem_bench.cli.train import train
 
@@ -41,6 +43,8 @@ for _name, _command in {
     "moments": moments,
     "latency": latency,
     "report": report,
+    "plan": plan,
+    "reproduce": reproduce,
     "list": list_names,
     "describe": describe,
     "doctor": doctor,

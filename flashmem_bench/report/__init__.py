@@ -53,13 +53,15 @@ def build_report(results_dir: Path) -> ReportPaths:
     from flashmem_bench.report.stories import write_stories
     from flashmem_bench.report.tables import tables_of, write_tables
     from flashmem_bench.report.traces import draw_traces
+    from flashmem_bench.report.training import draw_training, training_records
 
     cells = load_cells(ResultStore(root))
     if not cells:
         raise StoreError(nothing)
-    tables = tables_of(cells, read_rows(root))
+    tables = tables_of(cells, read_rows(root), training_records(cells, root))
     warnings = comparison_warnings(cells)
     drawings = [*draw_all(tables, root / "figures"), *draw_traces(cells, root / "figures")]
+    drawings += draw_training(tables["training"], root / "figures")
     stories = write_stories(cells, root)
     page = root / "report.html"
     temporary = page.with_suffix(".html.tmp")

@@ -45,12 +45,15 @@ def build_tables(store: ResultStore, suites: Collection[str] | None = None) -> d
     return tables_of(load_cells(store, suites), read_rows(store.root))
 
 
-def tables_of(cells: Sequence[Cell], latency: Sequence[Record] = ()) -> dict[str, pd.DataFrame]:
+def tables_of(
+    cells: Sequence[Cell], latency: Sequence[Record] = (), training: Sequence[Record] = ()
+) -> dict[str, pd.DataFrame]:
     """The same for cells that are already loaded.
 
     Args:
         cells: the cells.
         latency: rows of the latency protocol.
+        training: steps of the trainings of their memories.
     """
     comparisons = comparison_records(cells)
     records: dict[str, list[Record]] = {
@@ -62,6 +65,7 @@ def tables_of(cells: Sequence[Cell], latency: Sequence[Record] = ()) -> dict[str
         "comparisons": comparisons,
         "latency": list(latency),
         "ablations": ablation_records(cells),
+        "training": list(training),
         "claims": [],
     }
     return {name: frame(records[name], columns) for name, columns in TABLES.items()}
