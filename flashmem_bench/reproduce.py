@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from flashmem_bench.thresholds import Thresholds
 
 
+# What accelerate would otherwise ask for or warn about; precision is this package's own business.
+_LAUNCH = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+
+
 @dataclass(frozen=True)
 class Training:
     """One memory to fit.
@@ -222,7 +226,8 @@ def train_recipe(name: str, parts: Parts, watcher: Watcher) -> None:
     if recipe.placement.processes == 1:
         train_all(parts, wanted, watcher)
     elif not all(is_fitted(training.folder) for training in wanted):
-        launch(["train", "--recipe", name, *_place_options(place)], recipe.placement.processes)
+        # A quiet parent has a quiet child; its table of memories is printed by the report.
+        launch(["train", "--recipe", name, "--quiet", *_place_options(place)], recipe.placement.processes)
 
 
 def calibrate_all(parts: Parts, watcher: Watcher) -> None:
@@ -389,6 +394,6 @@ def launch(arguments: Sequence[str], processes: int) -> None:
     Raises:
         BenchError: It failed; the message has the command.
     """
-    line = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "-m"]
-    if subprocess.run([*line, "flashmem_bench", *arguments], check=False).returncode != 0:
-        raise BenchError(f"this failed: {shlex.join(['accelerate', *line[3:], 'flashmem_bench', *arguments])}")
+    options = [*_LAUNCH, "--num_processes", str(processes), "-m", "flashmem_bench", *arguments]
+    if subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *options], check=False).returncode != 0:
+        raise BenchError(f"this failed: {shlex.join(['accelerate', 'launch', *options])}")

@@ -22,6 +22,8 @@ SMALLER = {
     "calibrate": "--limit 3 --quiet",
     "train": "--steps 2 --batch-size 4 --limit 8 --validation 2 --targets gold --quiet",
     "report": "--quiet",
+    "plan": "",
+    "reproduce": "--quiet",
 }
 
 

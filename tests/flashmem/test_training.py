@@ -326,6 +326,26 @@ def _parallel_files(folder) -> dict:
     return dict(state_dir=f"{folder}/state", curves=f"{folder}/curves.csv", validation=_examples()[:5])
 
 
+def test_a_dispatched_backbone_trains_like_a_plain_one() -> None:
+    """accelerate's hooks of a placement over devices stay on the backbone and off the copies that learn."""
+    from accelerate import dispatch_model
+
+    losses = []
+    for spread_out in (False, True):
+        backbone = make_backbone()
+        if spread_out:
+            parts = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+            layers = {f"model.layers.{i}": "cpu" for i in range(backbone.num_layers)}
+            dispatch_model(backbone.model, parts | layers, main_device="cpu", force_hooks=True)
+            assert hasattr(backbone.decoder.layers[0], "_hf_hook")
+        torch.manual_seed(0)
+        memory = new_memory(MemoryConfig(length=3, depth=2), backbone)
+        assert not any(hasattr(part, "_hf_hook") for part in memory.modules())
+        config = TrainConfig(lr=1e-3, batch_size=8, max_steps=2, activation_checkpointing=True)
+        losses.append(train_memory(backbone, memory, _examples(), config).losses)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_two_processes_make_the_step_of_one(tmp_path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
