@@ -58,8 +58,8 @@ def prefix_of(cache: DynamicCache) -> DynamicCache:
     view = DynamicCache()
     for layer in cache.layers:
         entry = _PrefixLayer()
-        entry.lazy_initialization(layer.keys, layer.values)
-        entry.keys, entry.values = layer.keys, layer.values
+        entry.keys, entry.values, entry.is_initialized = layer.keys, layer.values, True
+        entry.dtype, entry.device = layer.keys.dtype, layer.keys.device
         view.layers.append(entry)
     return view
 

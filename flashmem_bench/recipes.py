@@ -38,6 +38,12 @@ class Placement(_Part):
     processes: Count = 1
     map: Literal["single", "auto"] = "single"
 
+    @model_validator(mode="after")
+    def _check_both(self) -> Placement:
+        if self.processes > 1 and self.map == "auto":
+            raise ValueError("cannot both spread a backbone over all devices (map: auto) and copy it (processes)")
+        return self
+
 
 class EarlyStop(_Part):
     """Held-out loss every so many steps, and how often it may fail to fall."""
@@ -48,7 +54,21 @@ class EarlyStop(_Part):
 
 
 class Train(_Part):
-    """How memories are fitted. `scope` joint makes one memory for all suites, suite one for each."""
+    """How memories are fitted.
+
+    Attributes:
+        methods: Whose memories.
+        seeds: One memory for each.
+        scope: joint makes one memory for all suites, suite one for each.
+        targets: gold or self; None = gold for the bundled model, self for others.
+        keep: Weight of leaving alone what the plain backbone gets right (see `flashmem.TrainConfig`).
+        batch_size: Examples a step, over all processes.
+        micro_batch_size: Examples that a process computes at once.
+        epochs: Passes over the examples, unless `steps` or `minutes` is given; `minutes` wins over both.
+        validation: Samples a suite on which harm and gain are measured.
+        examples: Training samples a suite at most.
+        out: Root of the checkpoints, `<out>/<suite or joint>/<method>/seed<k>`; None = below the results folder.
+    """
 
     methods: Names = ("flashmem",)
     seeds: Seeds = (0,)
@@ -83,7 +103,10 @@ class Calibrate(_Part):
 
 
 class Run(_Part):
-    """Which arms are compared, on how many samples."""
+    """Which arms are compared, on how many samples of each suite; `seeds` are those of sampling and random controls.
+
+    A method with a memory runs once for each training seed that the recipe has for it.
+    """
 
     methods: Names = ("vanilla", "flashmem")
     limit: Count | None = None
@@ -101,7 +124,20 @@ class Samples(_Part):
 
 
 class Plan(_Part):
-    """What a plan assumes; everything here is a guess that the user may replace."""
+    """What a plan assumes; everything here is a guess that the user may replace.
+
+    Attributes:
+        margin: Share added to every time.
+        prompt_tokens: Of a prompt, template included.
+        answer_tokens: Of an answer.
+        draws: Answers sampled for a right one.
+        triggers: Memories an answer.
+        train_mfu: Share of the device's FLOP/s that training reaches.
+        prefill_mfu: The same of encoding prompts.
+        bandwidth_share: Share of its bandwidth that decoding reaches.
+        launch_ms_layer: Least time of a decode step, a layer: what eager execution takes to launch its kernels.
+        samples: Numbers of samples where the data is not here.
+    """
 
     margin: Annotated[float, Field(ge=0)] = 0.25
     prompt_tokens: Count = 150
@@ -228,6 +264,8 @@ def _sentence(problem: Any, where: str) -> UsageError:
         groups, name = parts[:-1], parts[-1]
         prefix = "".join(f"{group}." for group in groups)
         return UnknownNameError("recipe key", prefix + name, [prefix + key for key in _keys(groups)])
+    if problem["type"] == "value_error":
+        return UsageError(f"{where}: {'.'.join(parts)} {problem['ctx']['error']}")
     meant = problem["msg"].replace("Input should be", "must be").replace("Field required", "is missing")
     given = "" if problem["type"] == "missing" else f", not {problem['input']!r}"
     return UsageError(f"{where}: {'.'.join(parts)} {meant}{given}")

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from flashmem.errors import CheckpointError
 from flashmem_bench.cli import run as command
 from flashmem_bench.errors import UsageError
 from flashmem_bench.recipes import load_recipe, recipes_dir
@@ -45,6 +46,10 @@ def make_chat_model(folder: Path, family: str) -> Path:
     model.generation_config.eos_token_id = [0, 1]
     model.save_pretrained(folder)
     return folder
+
+
+def _broken(*_: object) -> None:
+    raise CheckpointError("the threshold file cannot be read; calibrate again")
 
 
 def write_recipe(path: Path, model: Path, **parts: object) -> Path:
@@ -104,6 +109,11 @@ def test_reproduce_makes_everything_and_then_nothing_again(place: Path, family: 
         patch.setattr(runner, "run_grid", killed)
         assert command([*line, "--quiet"]) == 130
     folders = [place / "results/checkpoints/model/hops/flashmem" / f"seed{seed}" for seed in (3, 4)]
+    assert "Continue with: flashmem-bench" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr("flashmem_bench.thresholds.Thresholds.load", _broken)
+        assert command([*line, "--quiet"]) == 1
+    assert "cannot be read; calibrate again; when that is mended, go on with: flashmem-bench" in capsys.readouterr().err
     weights = [(folder / "model.safetensors").stat().st_mtime_ns for folder in folders]
     capsys.readouterr()
     assert command([*line, "--json"]) == 0
@@ -189,6 +199,7 @@ def test_scopes_and_arms(place: Path) -> None:
         ("train: {lr: -1}", "train.lr must be greater than 0, not -1"),
         ("train: {batch_size: many}", "valid integer"),
         ("dtype: float8", "'bfloat16'"),
+        ("placement: {processes: 2, map: auto}", "cannot both spread"),
         ("settings: {memory.lenght: 3}", "did you mean memory.length"),
         ("settings: {memory.length: 0}", "from 1 to 256"),
         ("- a list", "must be a mapping"),

@@ -29,7 +29,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_what_a_run_needs(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    for needed in ("flashmem_bench/_suites/wordmath.yaml", "flashmem_bench/report/templates/report.html.j2"):
+    for needed in (
+        "flashmem_bench/_suites/wordmath.yaml",
+        "flashmem_bench/_recipes/qwen2.5-1.5b-gsm8k.yaml",
+        "flashmem_bench/report/templates/report.html.j2",
+    ):
         assert needed in names
     weights = [n for n in names if n.endswith("model.safetensors")]
     assert any("weights/flashmem-tiny/" in n for n in weights)

@@ -49,8 +49,8 @@ def reproduce(
 
 
 def _work(recipe: str, parts: Parts, *, json: bool, quiet: bool) -> int:
+    from flashmem.errors import FlashMemError
     from flashmem_bench.cli.run import conclude
-    from flashmem_bench.errors import BenchError
     from flashmem_bench.progress import progress_for
     from flashmem_bench.report import build_report
     from flashmem_bench.reproduce import calibrate_all, run_arms, train_recipe
@@ -63,11 +63,14 @@ def _work(recipe: str, parts: Parts, *, json: bool, quiet: bool) -> int:
             calibrate_all(parts, watcher)
         results = run_arms(parts, progress_for(quiet), lambda text: o.say(text, quiet))
         report = build_report(parts.place.results_dir)
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):
         o.say(f"interrupted; everything finished is stored. Continue with: {parts.place.command}")
         return 130
-    except BenchError as error:
+    except FlashMemError as error:
         raise _with_next_step(error, parts.place.command) from error
+    except Exception:
+        o.say(f"stopped; everything finished is stored. Go on with: {parts.place.command}")
+        raise
     code = conclude(parts.session(parts.recipe.suites, ()).request, results, json=json, quiet=quiet)
     if not json:
         print(f"report: {report.html.resolve()}")
