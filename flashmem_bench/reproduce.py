@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from flashmem_bench.thresholds import Thresholds
 
 
-# What accelerate would otherwise ask for or warn about; precision is this package's own business.
-_LAUNCH = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+_LAUNCHER = ("--standalone", "--nproc-per-node")
 
 
 @dataclass(frozen=True)
@@ -301,7 +300,7 @@ def commands(name: str, parts: Parts) -> list[str]:
     options = _place_options(place)
     common = ["--model", recipe.model, "--dtype", recipe.dtype, "--device", recipe.device]
     common += [part for key, value in recipe.settings.items() for part in ("--set", f"{key}={value}")]
-    several = ["accelerate", "launch", "--num_processes", str(recipe.placement.processes), "-m", "flashmem_bench"]
+    several = ["torchrun", *_LAUNCHER, str(recipe.placement.processes), "-m", "flashmem_bench"]
     front = several if recipe.placement.processes > 1 else ["flashmem-bench"]
     lines = [[*front, "train", "--recipe", name, *options]]
     limit = ["--limit", str(recipe.calibrate.limit)] if recipe.calibrate.limit else []
@@ -389,11 +388,13 @@ def say_harm(arm: Arms, say: Callable[[str], None]) -> None:
 
 
 def launch(arguments: Sequence[str], processes: int) -> None:
-    """Run one of our commands in several processes through accelerate.
+    """Run one of our commands in several processes of this machine, which accelerate then joins.
+
+    torch's launcher starts them, because `accelerate launch` starts only one where there is no GPU.
 
     Raises:
         BenchError: It failed; the message has the command.
     """
-    options = [*_LAUNCH, "--num_processes", str(processes), "-m", "flashmem_bench", *arguments]
-    if subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *options], check=False).returncode != 0:
-        raise BenchError(f"this failed: {shlex.join(['accelerate', 'launch', *options])}")
+    options = [*_LAUNCHER, str(processes), "-m", "flashmem_bench", *arguments]
+    if subprocess.run([sys.executable, "-m", "torch.distributed.run", *options], check=False).returncode != 0:
+        raise BenchError(f"this failed: {shlex.join(['torchrun', *options])}")

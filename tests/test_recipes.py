@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -163,6 +164,24 @@ def test_train_takes_a_recipe_and_options_replace_parts(place: Path, capsys) -> 
     assert record["memory"]["length"] == 3
     assert command(["train", "--recipe", recipe, "--out", "x", "--quiet"]) == 2
     assert "one checkpoint" in capsys.readouterr().err
+
+
+def test_several_processes_are_started_for_training_alone(place: Path, capsys, monkeypatch) -> None:
+    recipe = str(
+        write_recipe(place / "four.yaml", make_chat_model(place / "model", "qwen2"), placement={"processes": 4})
+    )
+    started: list[list[str]] = []
+
+    def start(line: list[str], check: bool) -> SimpleNamespace:
+        started.append(line)
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr("flashmem_bench.reproduce.subprocess.run", start)
+    assert command(["reproduce", recipe, "--device-tflops", "1", "--bandwidth", "10", "--quiet"]) == 1
+    (line,) = started
+    assert line[line.index("--nproc-per-node") + 1] == "4"
+    assert line[line.index("flashmem_bench") + 1 :][:3] == ["train", "--recipe", recipe]
+    assert "this failed: torchrun" in capsys.readouterr().err
 
 
 def test_scopes_and_arms(place: Path) -> None:
