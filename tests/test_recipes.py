@@ -91,17 +91,16 @@ def _json(capsys: pytest.CaptureFixture[str]) -> object:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_reproduce_makes_everything_and_then_nothing_again(place: Path, family: str, capsys, monkeypatch) -> None:
-    recipe = str(write_recipe(place / "small.yaml", make_chat_model(place / "model", family)))
-    line = ["reproduce", recipe, "--device-tflops", "1", "--bandwidth", "10"]
-    if family == "qwen2":
-        assert command([*line, "--dry-run"]) == 0
-        printed = capsys.readouterr().out
-        assert "train flashmem seed 3" in printed and "calibrate --suite hops --limit 2" in printed
-        assert printed.count("flashmem-bench run ") == 3 and not (place / "results" / "checkpoints").exists()
-
+def test_reproduce_continues_after_every_kind_of_stop(place: Path, capsys, monkeypatch) -> None:
+    """Printed, killed before the arms, broken at a threshold, and then to the end: nothing is trained twice."""
     from flashmem_bench import runner
+
+    recipe = str(write_recipe(place / "small.yaml", make_chat_model(place / "model", "qwen2")))
+    line = ["reproduce", recipe, "--device-tflops", "1", "--bandwidth", "10"]
+    assert command([*line, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "train flashmem seed 3" in printed and "calibrate --suite hops --limit 2" in printed
+    assert printed.count("flashmem-bench run ") == 3 and not (place / "results" / "checkpoints").exists()
 
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -109,34 +108,43 @@ def test_reproduce_makes_everything_and_then_nothing_again(place: Path, family: 
     with monkeypatch.context() as patch:
         patch.setattr(runner, "run_grid", killed)
         assert command([*line, "--quiet"]) == 130
-    folders = [place / "results/checkpoints/model/hops/flashmem" / f"seed{seed}" for seed in (3, 4)]
     assert "Continue with: flashmem-bench" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr("flashmem_bench.thresholds.Thresholds.load", _broken)
         assert command([*line, "--quiet"]) == 1
     assert "cannot be read; calibrate again; when that is mended, go on with: flashmem-bench" in capsys.readouterr().err
-    weights = [(folder / "model.safetensors").stat().st_mtime_ns for folder in folders]
-    capsys.readouterr()
+    weights = [(folder / "model.safetensors").stat().st_mtime_ns for folder in _folders(place)]
     assert command([*line, "--json"]) == 0
-    cells = _json(capsys)["cells"]
-    assert sorted(cell["method"] for cell in cells) == [
-        *["flashmem"] * 2,
-        *["flashmem-shuffled-memory"] * 2,
-        "vanilla",
-    ]
+    _check_results(place, _json(capsys)["cells"])
+    assert weights == [(folder / "model.safetensors").stat().st_mtime_ns for folder in _folders(place)]
+
+
+def test_reproduce_twice_runs_nothing_again(place: Path, capsys) -> None:
+    recipe = str(write_recipe(place / "small.yaml", make_chat_model(place / "model", "qwen3")))
+    line = ["reproduce", recipe, "--device-tflops", "1", "--bandwidth", "10", "--json"]
+    assert command(line) == 0
+    _check_results(place, _json(capsys)["cells"])
+    assert command(line) == 0
+    assert {cell["new_samples"] for cell in _json(capsys)["cells"]} == {0}
+
+
+def _folders(place: Path) -> list[Path]:
+    return [place / "results/checkpoints/model/hops/flashmem" / f"seed{seed}" for seed in (3, 4)]
+
+
+def _check_results(place: Path, cells: list[dict]) -> None:
+    """One vanilla cell, the others once a training seed; curves beside the memories and in the report."""
+    methods = sorted(cell["method"] for cell in cells)
+    assert methods == ["flashmem"] * 2 + ["flashmem-shuffled-memory"] * 2 + ["vanilla"]
     assert {cell["status"] for cell in cells} == {"complete"}
-    assert weights == [(folder / "model.safetensors").stat().st_mtime_ns for folder in folders]
-    for folder in folders:
+    for folder in _folders(place):
         curve = pd.read_csv(folder / "curves.csv")
         assert list(curve["step"]) == [1, 2, 3] and curve["validation_loss_nats_token"].notna().sum() == 2
         assert not (folder / "training").exists()
-    runs = pd.read_csv(place / "results/tables/runs.csv")
-    assert set(runs["train_seed"].dropna()) == {3, 4}
+    assert set(pd.read_csv(place / "results/tables/runs.csv")["train_seed"].dropna()) == {3, 4}
     training = pd.read_csv(place / "results/tables/training.csv")
     assert len(training) == 6 and set(training["train_seed"]) == {3, 4}
     assert (place / "results/figures/training-model-hops.svg").exists()
-    assert command([*line, "--json"]) == 0
-    assert {cell["new_samples"] for cell in _json(capsys)["cells"]} == {0}
 
 
 def test_targets_end_where_generation_stops(place: Path) -> None:
