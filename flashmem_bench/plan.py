@@ -133,7 +133,8 @@ class Costs:
         plan, length = self.recipe.plan, self.memory.length
         tail = length + plan.answer_tokens
         context = plan.prompt_tokens + tail / 2
-        passes = 3 if self.recipe.train.activation_checkpointing else 2
+        # Forward and backward; forward again for checkpointed layers, and for the plain pass that `keep` compares with.
+        passes = 2 + self.recipe.train.activation_checkpointing + (self.recipe.train.keep > 0)
         prefix = plan.prompt_tokens * (2 * self.met + self.attention(plan.prompt_tokens / 2))
         encoder = 3 * prefix if method == "flashmem-separate-encoder" else 0.0
         return (
