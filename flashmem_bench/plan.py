@@ -35,11 +35,19 @@ _VALIDATION_BATCH, _SELF_BATCH = 8, 16
 
 @dataclass(frozen=True)
 class Device:
-    """Speed of a device: arithmetic in 10^12 operations a second, memory in 10^9 bytes a second, and whence known."""
+    """Speed of a device.
+
+    Attributes:
+        tflops: 10^12 operations a second.
+        bandwidth: 10^9 bytes a second.
+        source: Whence known.
+        launch_us: Microseconds to start a small operation; a GPU's where it was not measured.
+    """
 
     tflops: float
     bandwidth: float
     source: str
+    launch_us: float = 12.0
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,7 @@ class Costs:
         plan = self.recipe.plan
         moved = self.met * self.element + batch * self.cache_bytes(context)
         arithmetic = batch * 2 * self.met / (self.device.tflops * 1e12 * plan.prefill_mfu)
-        launch = self.shape.layers * plan.launch_ms_layer / 1e3
+        launch = self.shape.layers * plan.launches_layer * self.device.launch_us / 1e6
         return max(moved / (self.device.bandwidth * 1e9 * plan.bandwidth_share), arithmetic, launch)
 
     def answer_s(self, batch: int, factor: float = 1.0) -> float:
@@ -212,7 +220,8 @@ def assumptions(costs: Costs) -> list[str]:
     return [
         f"device: {device.tflops:.4g} TFLOP/s, {device.bandwidth:.4g} GB/s ({device.source})",
         f"shares of it reached: training {plan.train_mfu:.0%} of the FLOP/s, prefill {plan.prefill_mfu:.0%}, decoding "
-        f"{plan.bandwidth_share:.0%} of the bandwidth; a step takes {plan.launch_ms_layer:g} ms a layer or more",
+        f"{plan.bandwidth_share:.0%} of the bandwidth; a step starts {plan.launches_layer:g} operations a layer, "
+        f"{device.launch_us:.3g} us each",
         f"a prompt has {plan.prompt_tokens} tokens and an answer {plan.answer_tokens}; {plan.triggers:g} memories an "
         "answer",
         f"a position costs 2 x {costs.met / 1e9:.3g}e9 FLOPs forward, and {costs.attention(1):.3g} a position that it "
@@ -371,4 +380,6 @@ def measure_device(device: str, dtype: str) -> Device:
 
     tflops = 2 * size**3 / best(lambda: matrix @ matrix) / 1e12
     bandwidth = 2 * block.numel() / best(block.clone) / 1e9
-    return Device(tflops, bandwidth, f"measured here on {place} in {str(kind).removeprefix('torch.')}")
+    small = matrix[:1, :64]
+    launch_us = best(lambda: [torch.nn.functional.silu(small) for _ in range(200)]) / 200 * 1e6
+    return Device(tflops, bandwidth, f"measured here on {place} in {str(kind).removeprefix('torch.')}", launch_us)

@@ -135,7 +135,7 @@ class Plan(_Part):
         train_mfu: Share of the device's FLOP/s that training reaches.
         prefill_mfu: The same of encoding prompts.
         bandwidth_share: Share of its bandwidth that decoding reaches.
-        launch_ms_layer: Least time of a decode step, a layer: what eager execution takes to launch its kernels.
+        launches_layer: Operations that eager execution starts one after the other for a layer of a decode step.
         samples: Numbers of samples where the data is not here.
     """
 
@@ -147,7 +147,7 @@ class Plan(_Part):
     train_mfu: Annotated[float, Field(gt=0, le=1)] = 0.3
     prefill_mfu: Annotated[float, Field(gt=0, le=1)] = 0.4
     bandwidth_share: Annotated[float, Field(gt=0, le=1)] = 0.6
-    launch_ms_layer: Annotated[float, Field(ge=0)] = 0.7
+    launches_layer: Annotated[float, Field(ge=0)] = 60.0
     samples: Samples = Samples()
 
 
