@@ -28,8 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashmem_bench.errors import BenchError, UsageError
-from flashmem_bench.stats import Interval, auroc, grouped_interval, precision_at_count
-from flashmem_bench.thresholds import spread
+from flashmem_bench.stats import Interval, ranking_intervals
 
 if TYPE_CHECKING:
     from flashmem.backbone import Backbone
@@ -44,7 +43,6 @@ COLUMNS = (
     "base_rate",
 )  # fmt: skip
 _BATCH = 16
-_REPLICATES = 300
 
 
 @dataclass(frozen=True)
@@ -99,10 +97,11 @@ def check_suite(suite: Suite) -> None:
 
 
 def collect(session: Session, suite: Suite, limit: int | None, on_done: Callable[[int, int], None]) -> Moments:
-    """Answer `limit` test samples plainly and read every signal at every decision step."""
+    """Answer the first `limit` test samples plainly and read every signal at every decision step."""
     backbone = session.backbone
     layers = [i for i, kind in enumerate(backbone.layer_types) if kind == "full_attention"]
-    samples = spread(suite.samples("test"), limit)
+    every = suite.samples("test")
+    samples = [every[index] for index in range(min(limit or len(every), len(every)))]
     steps: list[Step] = []
     signals: dict[str, list[float]] = {f"layer{layer}": [] for layer in layers} | {OUTPUT: []}
     for start in range(0, len(samples), _BATCH):
@@ -187,8 +186,7 @@ def rank(moments: Moments, suite: str, model: str, *, marked: bool, seed: int = 
 
 
 def _record(values: np.ndarray, due: np.ndarray, groups: np.ndarray, seed: int) -> dict[str, Any]:
-    area = grouped_interval(values, due, groups, statistic=auroc, seed=seed, resamples=_REPLICATES)
-    found = grouped_interval(values, due, groups, statistic=precision_at_count, seed=seed, resamples=_REPLICATES)
+    area, found = ranking_intervals(values, due, groups, seed=seed)
     return {
         "due": int(due.sum()),
         "other": int((~due).sum()),

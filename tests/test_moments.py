@@ -12,7 +12,7 @@ from scipy import stats as scipy_stats
 
 from flashmem_bench import moments as m
 from flashmem_bench.cli import run as cli
-from flashmem_bench.stats import auroc, grouped_interval, precision_at_count
+from flashmem_bench.stats import auroc, precision_at_count, ranking_intervals
 
 pairs = st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=40)
 
@@ -51,15 +51,31 @@ def test_the_interval_draws_whole_samples():
     # Within a sample every step is alike: two samples are two independent facts, however many steps they have.
     values = np.array([1.0] * 50 + [0.0] * 50)
     marked = np.array([True, False] * 50)
-    few = grouped_interval(values, marked, np.repeat([0, 1], 50), auroc)
+    few, _ = ranking_intervals(values, marked, np.repeat([0, 1], 50))
     assert few.estimate == few.low == few.high == 0.5
     rng = np.random.default_rng(0)
     signal, truth = rng.normal(size=400), rng.random(400) < 0.5
     signal[truth] += 1
-    alone = grouped_interval(signal, truth, np.arange(400), auroc)
-    together = grouped_interval(np.tile(signal, 4), np.tile(truth, 4), np.tile(np.arange(400), 4), auroc)
-    assert alone.low < alone.estimate < alone.high
-    assert together.high - together.low == pytest.approx(alone.high - alone.low, rel=0.25)
+    alone = ranking_intervals(signal, truth, np.arange(400))
+    together = ranking_intervals(np.tile(signal, 4), np.tile(truth, 4), np.tile(np.arange(400), 4))
+    for one, four in zip(alone, together, strict=True):
+        assert one.low < one.estimate < one.high
+        assert (four.low, four.high) == pytest.approx((one.low, one.high), abs=1e-9)
+
+
+@given(pairs, st.integers(0, 9))
+def test_a_replicate_weighs_groups_as_if_their_steps_were_repeated(drawn, seed):
+    values, marked = np.array([v for v, _ in drawn]), np.array([p for _, p in drawn])
+    groups = np.arange(len(drawn)) // 3
+    draws = np.random.default_rng(seed).multinomial(groups[-1] + 1, [1 / (groups[-1] + 1)] * (groups[-1] + 1))
+    repeated = np.repeat(np.arange(len(drawn)), draws[groups])
+    area, share = ranking_intervals(values, marked, groups, seed=seed, resamples=1)
+    expected = auroc(values[repeated], marked[repeated]) if len(repeated) else np.nan
+    if np.isnan(expected):
+        assert np.isnan(area.low)
+    else:
+        assert area.low == pytest.approx(expected)
+        assert share.low == pytest.approx(precision_at_count(values[repeated], marked[repeated]))
 
 
 @pytest.mark.parametrize(
@@ -95,6 +111,21 @@ def test_the_command_ranks_hops_list_and_stores_table_and_figure(tmp_path, capsy
 
 
 def test_a_suite_that_cannot_say_where_help_is_due_is_refused(tmp_path, capsys):
-    code = cli(["moments", "--suite", "wordmath", "--limit", "2", "--results-dir", str(tmp_path)])
+    code = cli(["moments", "--suite", "recall", "--limit", "2", "--results-dir", str(tmp_path)])
     assert code == 2
     assert "use hops-list or hops" in capsys.readouterr().err
+
+
+def test_the_monitored_layer_shows_what_the_monitor_saw_while_generating():
+    from flashmem_bench.session import Request, Session
+
+    session = Session(Request(suites=("hops-list",), methods=(), limit=3))
+    suite = session.suite("hops-list")
+    found = m.collect(session, suite, 3, lambda done, total: None)
+    prompts = [session.backbone.encode_chat(suite.samples("test")[i].prompt) for i in range(3)]
+    answers = m._answers(session, suite, prompts)
+    seen = [value for answer in answers for value in answer.entropies[: len(answer.token_ids)]]
+    assert found.signals[found.monitored] == pytest.approx(seen, abs=1e-4)
+    assert len({len(values) for values in found.signals.values()} | {len(found.steps)}) == 1
+    due = [step for step in found.steps if step.due]
+    assert all(step.kind == "value" for step in due)
