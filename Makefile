@@ -12,7 +12,7 @@ BENCH := $(BIN)/flashmem-bench
 TORCH := $(shell grep -i '^torch==' constraints.txt)
 TORCH_INDEX ?=
 DEMO_LIMIT ?= 100
-TINY_MINUTES ?= 21
+TINY_MINUTES ?= 58
 METHODS := vanilla,flashmem,flashmem-literal,flashmem-prompt-end,flashmem-no-monitor,flashmem-fixed-trigger,flashmem-random-trigger,flashmem-output-entropy,flashmem-separate-encoder,flashmem-random-memory,flashmem-shuffled-memory,flashmem-mean-memory,flashmem-noop-memory
 
 .PHONY: setup demo test test-all report reproduce tiny memories lint wheel clean
@@ -47,15 +47,19 @@ reproduce: setup
 # The bundled backbone from scratch; the real training splits come from FLASHMEM_DATA. Stopped, it continues.
 # Memories and thresholds belong to one backbone: make memories comes after it.
 tiny: setup
-	$(BIN)/python -m flashmem_bench.tiny.pretrain --minutes $(TINY_MINUTES)
+	$(BIN)/python -m flashmem_bench.tiny.pretrain --minutes $(TINY_MINUTES) --processes 2
 
-# Memories and thresholds for the bundled backbone: two trainings side by side, one core each.
-MEMORY := --suite wordmath,hops,hops-list,recall,babi --minutes 11 --lr 1e-3 --batch-size 24 --insertion mixed --limit 6000 --validation 150 --provisional --quiet
+# Memories and thresholds for the bundled backbone, as their recipes say: two trainings side by side, one core each.
 BUNDLED := flashmem_bench/tiny/weights
+JOINT := $(BENCH) train --recipe flashmem-tiny-joint --quiet
+SUITES := $(BENCH) train --recipe flashmem-tiny-suites --quiet
+memories: export OMP_NUM_THREADS = 1
 memories: setup
-	OMP_NUM_THREADS=1 $(BENCH) train --method flashmem $(MEMORY) --out $(BUNDLED)/checkpoints/joint/flashmem/seed0 & \
-	OMP_NUM_THREADS=1 $(BENCH) train --method flashmem-separate-encoder $(MEMORY) --out $(BUNDLED)/checkpoints/joint/flashmem-separate-encoder/seed0; \
-	wait
+	for seed in 0 1 2; do $(JOINT) --method flashmem --train-seed $$seed --out $(BUNDLED)/checkpoints/joint/flashmem/seed$$seed || exit; done & \
+	for method in flashmem flashmem-separate-encoder; do for suite in hops hops-list; do \
+	  $(SUITES) --method $$method --suite $$suite --out $(BUNDLED)/checkpoints/$$suite/$$method/seed0 || exit; \
+	done; done; wait
+	$(JOINT) --method flashmem-separate-encoder --out $(BUNDLED)/checkpoints/joint/flashmem-separate-encoder/seed0
 	$(BENCH) calibrate --suite wordmath,hops,hops-list,recall,babi,gsm8k --limit 100 --joint --out $(BUNDLED)/thresholds
 
 lint: setup

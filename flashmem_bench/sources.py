@@ -30,6 +30,7 @@ def generated(
     flashmem: Mapping[str, Any],
     sizes: Mapping[str, int],
     generator: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     **_: Any,
@@ -40,6 +41,7 @@ def generated(
         flashmem: The suite's `metadata.flashmem`; `alias` names the generator.
         sizes: Rows of each split.
         generator: The generator's settings, such as `pairs` of `recall`, from the suite file.
+        training: Settings of the training split alone, where it should be easier or more varied than the others.
         settings: More of them, which win.
         seed: Seed of the generator's streams.
     """
@@ -49,10 +51,11 @@ def generated(
     def split_rows(split: str) -> list[Doc]:
         from flashmem_bench.generators import generate
 
+        wanted = {**((training or {}) if split == "train" else {}), **chosen}
         try:
-            rows = generate(name, split, sizes[split], seed, **chosen)
+            rows = generate(name, split, sizes[split], seed, **wanted)
         except (TypeError, ValueError) as error:
-            raise UsageError(f"the generator of {name} refuses {chosen or 'its settings'}: {error}") from error
+            raise UsageError(f"the generator of {name} refuses {wanted or 'its settings'}: {error}") from error
         return [{**row, "gold": row["answer"]} for row in rows]
 
     return Splits(name, {split: _later(split_rows, split) for split in sizes})

@@ -159,3 +159,11 @@ def test_settings_out_of_range_are_refused(name, settings, text):
 def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match="train, validation, calibration, test"):
         generate("hops", "dev", 1)
+
+
+def test_hops_takes_numbers_of_facts_in_turn_for_every_number_of_links():
+    rows = generate("hops", "train", 48, facts=(5, 8), k=(1, 2))
+    seen = {(row["k"], row["facts"], row["prompt"].count(" -> ")) for row in rows}
+    assert seen == {(k, facts, facts) for k in (1, 2) for facts in (5, 8)}
+    with pytest.raises(ValueError, match="two facts"):
+        generate("hops", "train", 1, facts=(1, 5))

@@ -21,6 +21,7 @@ SMALLER = {
     "ablate": "--limit 2 --values 50,85 --quiet",
     "calibrate": "--limit 3 --quiet",
     "train": "--steps 2 --batch-size 4 --limit 8 --validation 2 --targets gold --quiet",
+    "moments": "--limit 3 --quiet",
     "report": "--quiet",
     "plan": "",
     "reproduce": "--quiet",

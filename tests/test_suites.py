@@ -603,3 +603,11 @@ def test_the_real_files_have_the_published_sizes():
     if (folder / "babi").is_dir():
         samples = load_suite("babi").samples()
         assert len(samples) == 20000 and len({sample.stratum for sample in samples[:20]}) == 20
+
+
+def test_settings_of_the_training_split_leave_the_others_alone():
+    suite = load_suite("hops")
+    assert {suite.samples("train")[i].doc["facts"] for i in range(48)} == {5, 6, 8, 12}
+    assert {suite.samples(split)[i].doc["facts"] for split in ("test", "validation") for i in range(48)} == {12}
+    chosen = load_suite("hops", settings={"facts": 7})
+    assert {chosen.samples(split)[i].doc["facts"] for split in ("train", "test") for i in range(12)} == {7}

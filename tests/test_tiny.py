@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from flashmem_bench.generators import generate
+from flashmem_bench.generators.base import split_of
 from flashmem_bench.tiny import corpus as corpus_module
-from flashmem_bench.tiny import evaluate, pretrain, weights_dir
+from flashmem_bench.tiny import evaluate, parallel, pretrain, weights_dir
 from flashmem_bench.tiny.corpus import COMPOSED_WEIGHT, Corpus, Text
 from flashmem_bench.tiny.tokenizer import KEYWORDS, SEPARATORS, build_tokenizer, load_tokenizer
 
-MICRO = pretrain.Recipe(layers=2, width=32, heads=4, kv_heads=2, ffn=48, context=256, warmup=2)
+MICRO = pretrain.Recipe(layers=2, width=32, heads=4, kv_heads=2, ffn=48, context=256, warmup=2, autocast=False)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_any_text_round_trips(shipped, text):
 
 def test_the_chat_template_frames_the_prompt_once(shipped):
     ids = shipped.apply_chat_template([{"role": "user", "content": "Ana"}], add_generation_prompt=True)["input_ids"]
-    assert shipped.convert_ids_to_tokens(ids) == ["<|begin|>", "<|user|>", "Ana", "<|end|>", "<|assistant|>"]
+    assert shipped.convert_ids_to_tokens(ids) == ["<|begin|>", "<|user|>", "Ana", "<|assistant|>"]
     assert shipped.eos_token == "<|end|>" and shipped.pad_token == "<|pad|>"
 
 
@@ -76,6 +77,37 @@ def test_only_two_link_values_are_quiet(tokenizer):
     quiet = [tokenizer.decode([i]) for i, w in zip(target, row.weights, strict=True) if w < full]
     assert quiet == [line.split(": ")[1] for line in text.target.splitlines() if " twice: " in line]
     assert min(row.weights) == pytest.approx(full * COMPOSED_WEIGHT)
+
+
+def test_further_turns_ask_what_the_facts_say_and_only_answers_are_learned(tokenizer):
+    text = Corpus().text("hops", 0, 12, 3)
+    facts = dict(line.split(" -> ") for line in text.prompt.splitlines() if " -> " in line)
+    assert len(text.turns) > 1
+    assert all(facts[question.removeprefix("One link: ")] == answer for question, answer in text.turns)
+    row = pretrain.encode(tokenizer, text)
+    start = len(row.ids) - len(row.weights)
+    learned = [tokenizer.decode([row.ids[start + i]]) for i, weight in enumerate(row.weights) if weight > 0]
+    assert learned == [part for answer in (text.target, *(a for _, a in text.turns)) for part in (answer, "<|end|>")]
+    chat = [{"role": "user", "content": text.prompt}, {"role": "assistant", "content": text.target}]
+    for question, answer in text.turns:
+        chat += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    assert tokenizer.apply_chat_template(chat)["input_ids"] == row.ids
+
+
+def test_no_training_row_asks_a_test_question():
+    corpus = Corpus()
+    drawn = [corpus.text(task, i, 12, 3) for task in ("hops", "hops-list", "recall", "wordmath") for i in range(60)]
+    assert {split_of(prompt) for text in drawn for prompt in text.prompts()} == {"train"}
+    corpus.held_out.add(corpus_module._digest(drawn[0].prompt))
+    with pytest.raises(ValueError, match="also a test row"):
+        corpus.text("hops", 0, 12, 3)
+
+
+def test_auto_tokenizer_reads_the_folder_as_it_is(shipped):
+    from transformers import AutoTokenizer
+
+    text = "Ana -> Bob\nHow many pens does Ana have? 12 + 3 = 15"
+    assert AutoTokenizer.from_pretrained(weights_dir()).encode(text) == shipped.encode(text)
 
 
 def test_real_rows_leave_out_test_prompts_and_the_held_out_share(data_dir):
@@ -121,11 +153,11 @@ def test_the_curriculum_grows_when_a_task_becomes_easy_and_moves_on_at_its_deadl
     state = pretrain.Curriculum()
     for _ in range(40):
         state.update({"hops": 0.01, "hops-list": 0.01}, progress=0.1)
-    assert state.facts > 3 and state.stage == 0
+    assert state.facts > 4 and state.stage == 0
     stuck = pretrain.Curriculum()
     for _ in range(40):
         stuck.update({"hops": 1.0, "hops-list": 1.0}, progress=0.5)
-    assert (stuck.facts, stuck.stage) == (3, 1)
+    assert (stuck.facts, stuck.stage) == (4, 1)
 
 
 def test_a_resumed_run_gives_the_same_losses(tokenizer, tmp_path):
@@ -142,6 +174,37 @@ def test_a_resumed_run_gives_the_same_losses(tokenizer, tmp_path):
     assert begun + [second.train_step() for _ in range(3)] == expected
     for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def _two_steps(argument):
+    tokenizer, path = argument
+    torch.manual_seed(0)
+    run = pretrain.Run(MICRO, pretrain.new_model(MICRO, tokenizer), tokenizer, Corpus(), total_steps=2)
+    losses = [run.train_step() for _ in range(2)]
+    if parallel.is_first():
+        torch.save({"losses": losses, "model": run.model.state_dict()}, path)
+
+
+def test_two_processes_make_the_step_of_one(tokenizer, tmp_path):
+    for count in (1, 2):
+        parallel.launch(_two_steps, count, (tokenizer, tmp_path / f"{count}.pt"))
+    one, two = (torch.load(tmp_path / f"{count}.pt", weights_only=True) for count in (1, 2))
+    for a, b in zip(one["losses"], two["losses"], strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    for name, value in one["model"].items():
+        assert torch.allclose(value, two["model"][name], atol=1e-3), name
+
+
+def test_shares_are_disjoint_complete_and_even(monkeypatch):
+    pieces = [9, 1, 4, 4, 2, 7, 3]
+    monkeypatch.setattr(parallel.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(parallel.distributed, "get_world_size", lambda: 2)
+    found = []
+    for rank in range(2):
+        monkeypatch.setattr(parallel.distributed, "get_rank", lambda rank=rank: rank)
+        found.append(parallel.share(pieces, lambda piece: piece))
+    assert sorted(found[0] + found[1]) == sorted(pieces)
+    assert abs(sum(found[0]) - sum(found[1])) <= 2
 
 
 def test_a_state_of_another_recipe_is_refused(tokenizer, tmp_path):
@@ -192,4 +255,4 @@ def test_the_shipped_model_answers_one_link_and_not_two(shipped):
     model = AutoModelForCausalLM.from_pretrained(weights_dir(), dtype=torch.float32).eval()
     scores = evaluate.score(model, shipped, "hops", generate("hops", "test", 128))
     assert scores["k=1"][0] > 0.9
-    assert max(scores[f"k={k}"][0] for k in (2, 3, 4)) < 0.4
+    assert max(scores[f"k={k}"][0] for k in (2, 3, 4)) < 0.2

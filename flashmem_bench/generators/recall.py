@@ -40,7 +40,7 @@ def _keys(rng: random.Random, pairs: int) -> list[str]:
     return [" ".join(WORDS[code // len(WORDS) ** i % len(WORDS)] for i in range(width)) for code in codes]
 
 
-def draw(rng: random.Random, index: int, *, pairs: int | tuple[int, ...] = (4, 8, 16, 32)) -> Row:
+def draw(rng: random.Random, index: int, *, pairs: int | tuple[int, ...] = (16, 32, 48, 64)) -> Row:
     """One row; several `pairs` are lengths that the rows take in turn.
 
     Raises:

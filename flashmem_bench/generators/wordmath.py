@@ -1,4 +1,4 @@
-"""Multi-step word problems of one to three steps, solved by one short equation a line and a final "#### n".
+"""Multi-step word problems of one to four steps, solved by one short equation a line and a final "#### n".
 
 A problem is a chain: an amount, then changes to it (buy, find, give away, lose, times as many, share
 equally), or boxes that hold the same number each as its first step. Every division is exact, every amount
@@ -90,7 +90,7 @@ def _change(rng: random.Random, problem: _Problem, last: bool) -> None:
         problem.each = True
 
 
-def draw(rng: random.Random, index: int, *, steps: tuple[int, ...] = (1, 2, 3)) -> Row:
+def draw(rng: random.Random, index: int, *, steps: tuple[int, ...] = (1, 2, 3, 4)) -> Row:
     """One row; `steps` are the step counts that the rows take in turn.
 
     Raises:

@@ -2,9 +2,9 @@
 splits.
 
 A batch depends only on the seed, the step and the curriculum's state, never on what was drawn before it:
-training can stop and go on at any step. Two-link questions are in the text, so that their format is known,
-but their answers weigh almost nothing in the loss: the bundled model must stay unable to answer them, or a
-memory would have nothing to do.
+training can stop and go on at any step. Two-link look-ups appear in `hops-list` only, so that their format is known,
+and their answers weigh nothing in the loss: the bundled model must stay unable to give them, or a memory would have
+nothing to do.
 
 Test rows are never trained on: generated prompts carry their split in their hash, and real training prompts
 are checked against the hashes of the test prompts.
@@ -22,26 +22,41 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from flashmem_bench.generators import hops, hops_list, recall, wordmath
-from flashmem_bench.generators.base import row_at
+from flashmem_bench.generators import GENERATORS, generate, hops, hops_list, recall, wordmath
+from flashmem_bench.generators.base import Row, row_at, split_of
 
 GSM8K_SUFFIX = '\nReason step by step, then end with "#### " and the number.'
 # Share of GSM8K train that is kept out of training: the calibration and validation split.
 GSM8K_HELD_OUT = 0.05
 # Loss weight of answers that need more than one link.
-COMPOSED_WEIGHT = 0.1
+COMPOSED_WEIGHT = 0.0
+# Test rows of each generated suite that no training row may equal.
+TEST_ROWS = 2000
+# Look-ups asked after the first one about the same facts.
+MOST_TURNS = 5
 
 
 @dataclass(frozen=True)
 class Text:
-    """One training conversation. `quiet` holds (start, end) character spans of the target that weigh
-    `COMPOSED_WEIGHT`.
+    """One training conversation.
+
+    Attributes:
+        quiet: (start, end) character spans of the target that weigh `COMPOSED_WEIGHT`.
+        turns: further (question, answer) turns of the same conversation.
     """
 
     task: str
     prompt: str
     target: str
     quiet: tuple[tuple[int, int], ...] = ()
+    turns: tuple[tuple[str, str], ...] = ()
+
+    def prompts(self) -> Iterator[str]:
+        """Every prompt that the conversation amounts to: each later question stands for the first one's last line."""
+        yield self.prompt
+        context = self.prompt.rpartition("\n")[0]
+        for question, _ in self.turns:
+            yield f"{context}\n{question}"
 
 
 def read_jsonl(path: Path) -> Iterator[dict]:
@@ -120,6 +135,20 @@ def _quiet_spans(target: str, moments: list[str]) -> tuple[tuple[int, int], ...]
     return tuple(spans)
 
 
+def _more_questions(row: Row) -> tuple[tuple[str, str], ...]:
+    """Further look-ups among the pairs of a prompt, asked turn by turn as its last line asks the first one.
+
+    One answer a prompt is too little to learn from. A question is left out where prompt and question together would
+    be a prompt of another split.
+    """
+    *context, asked = row["prompt"].split("\n")
+    opening, key = asked.rsplit(": ", 1)
+    pairs = [line.split(" -> ") for line in context if " -> " in line]
+    random.Random(row["prompt"]).shuffle(pairs)
+    turns = [(f"{opening}: {other}", value) for other, value in pairs if other != key]
+    return tuple(turn for turn in turns if split_of("\n".join([*context, turn[0]])) == "train")[:MOST_TURNS]
+
+
 @dataclass
 class Corpus:
     """Draws rows of the mixture.
@@ -132,25 +161,32 @@ class Corpus:
     data_dir: Path | None = None
     seed: int = 0
     real: dict[str, list[Text]] = field(init=False)
+    held_out: set[bytes] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.real = real_texts(self.data_dir)
+        self.held_out = {_digest(row["prompt"]) for name in GENERATORS for row in generate(name, "test", TEST_ROWS)}
 
     def text(self, task: str, index: int, facts: int, steps: int) -> Text:
         """Row `index` of `task`'s stream at a curriculum of `facts` facts or pairs and up to `steps`
         reasoning steps.
+
+        Raises:
+            ValueError: the row is also a test row of a bundled suite, which the split by hash must have prevented.
         """
         if task in self.real:
             rows = self.real[task]
             epoch, place = divmod(index, len(rows))
             return rows[_order(task, self.seed, epoch, len(rows))[place]]
-        return getattr(self, f"_{task.replace('-', '_')}")(index, facts, steps)
+        text = getattr(self, f"_{task.replace('-', '_')}")(index, facts, steps)
+        if any(_digest(prompt) in self.held_out for prompt in text.prompts()):
+            raise ValueError(f"training row {index} of {task} is also a test row; the splits of its generator overlap")
+        return text
 
     def _hops(self, index: int, facts: int, steps: int) -> Text:
-        k = 1 if index % 6 or facts < 5 else 2 + index // 6 % 3
         facts = max(2, facts - index % 4 // 2 * (facts // 3))
-        row = row_at("hops", hops.draw, "train", index, self.seed, facts=facts, k=(k,))
-        return Text("hops", row["prompt"], row["target"], ((0, len(row["target"])),) if k > 1 else ())
+        row = row_at("hops", hops.draw, "train", index, self.seed, facts=facts, k=(1,))
+        return Text("hops", row["prompt"], row["target"], turns=_more_questions(row))
 
     def _hops_list(self, index: int, facts: int, steps: int) -> Text:
         plain = facts < 5 or index % 3 == 0
@@ -164,7 +200,7 @@ class Corpus:
     def _recall(self, index: int, facts: int, steps: int) -> Text:
         pairs = max(2, (facts, facts // 2, facts, 32 if facts >= 12 else facts)[index % 4])
         row = row_at("recall", recall.draw, "train", index, self.seed, pairs=pairs)
-        return Text("recall", row["prompt"], row["target"])
+        return Text("recall", row["prompt"], row["target"], turns=_more_questions(row))
 
     def _wordmath(self, index: int, facts: int, steps: int) -> Text:
         row = row_at("wordmath", wordmath.draw, "train", index, self.seed, steps=tuple(range(1, steps + 1)))

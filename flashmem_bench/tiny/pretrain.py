@@ -1,13 +1,17 @@
-"""Train the bundled backbone from scratch: `python -m flashmem_bench.tiny.pretrain --minutes 15`.
+"""Train the bundled backbone from scratch: `python -m flashmem_bench.tiny.pretrain --minutes 58 --processes 2`.
 
 The recipe is a curriculum, because a mixture of all tasks from the first step learns nothing in the time that
-two cores have. Look-ups come first, growing from three facts as their loss falls; word problems join, from
-one step to three; bAbI and GSM8K join last. Earlier tasks stay in the mix. Towards the end half of the rows
-hold a pause, so that slots without meaning do no harm.
+two cores have. Look-ups come first, growing from four facts as their loss falls; word problems join, from
+one step to three; bAbI and GSM8K join third; the last stage gives most rows to what is hardest. Earlier tasks stay
+in the mix. From the second stage on, many rows hold a pause, so that slots without meaning do no harm.
 
-Two things make look-ups form in minutes: two heads of the first layer start out as look-back heads, and hidden
-matrices are trained with Muon (embeddings, biases and norms with AdamW). Rows of a step are sorted by length
-and cut into micro-batches, since padding would otherwise be half of the work.
+Four things make look-ups form within a minute: two heads of the first layer start out as look-back heads; hidden
+matrices are trained with Muon (embeddings, biases and norms with AdamW); a conversation asks several questions about
+the same facts; and the chat template puts a question's last word right before the answer. Rows of a step are sorted
+by length and cut into micro-batches, since padding would otherwise be half of the work.
+
+Answers that need two links and more are never learned: the model answers them with the first link, and what is left
+to do is there for a memory.
 
 Training resumes by the same command after any interruption: model, optimizer, curriculum and random state are
 saved every minute, and a batch depends on nothing else. With `--steps` alone the losses are the same as
@@ -32,20 +36,22 @@ import torch.nn.functional as F
 import transformers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from flashmem_bench.tiny import weights_dir
+from flashmem_bench.generators.base import NAMES, WORDS
+from flashmem_bench.tiny import parallel, weights_dir
 from flashmem_bench.tiny.corpus import COMPOSED_WEIGHT, Corpus, Text
-from flashmem_bench.tiny.tokenizer import VOCAB_SIZE, build_tokenizer, load_tokenizer
+from flashmem_bench.tiny.tokenizer import SEPARATORS, VOCAB_SIZE, build_tokenizer, load_tokenizer
 
 # Rows a step takes from each task, by stage.
 STAGES: tuple[dict[str, int], ...] = (
     {"hops-list": 24, "hops": 28, "recall": 12},
-    {"wordmath": 40, "hops-list": 8, "hops": 12, "recall": 8},
-    {"wordmath": 20, "hops-list": 8, "hops": 8, "recall": 8, "babi": 24, "gsm8k": 6},
+    {"wordmath": 40, "hops-list": 8, "hops": 10, "recall": 6},
+    {"wordmath": 22, "hops-list": 8, "hops": 8, "recall": 6, "babi": 24, "gsm8k": 4},
+    {"wordmath": 24, "hops-list": 20, "hops": 5, "recall": 4, "babi": 28, "gsm8k": 2},
 )
 # Share of the budget after which a stage ends although its goal is not reached.
-STAGE_DEADLINES = (0.45, 0.65)
-# From this share of the budget on, half of the rows hold a pause (see `with_pause`).
-PAUSE_FROM, PAUSE_SHARE, PAUSE_LENGTH = 0.7, 0.5, 8
+STAGE_DEADLINES = (0.3, 0.5, 0.55)
+# From the second stage on, this share of the rows holds a pause (see `with_pause`), in the last stage most of them.
+PAUSE_SHARES, PAUSE_LENGTH = (0.0, 0.4, 0.4, 0.7), 8
 MAX_FACTS, MAX_STEPS = 12, 3
 
 
@@ -55,7 +61,7 @@ class Recipe:
     `trained_context`.
     """
 
-    layers: int = 4
+    layers: int = 6
     width: int = 128
     heads: int = 4
     kv_heads: int = 2
@@ -68,7 +74,8 @@ class Recipe:
     look_back: float = 5.0
     decay_from: float = 0.75
     clip: float = 1.0
-    micro_tokens: int = 6144
+    micro_tokens: int = 3072
+    autocast: bool = True
     seed: int = 0
 
 
@@ -77,7 +84,7 @@ class Curriculum:
     """What the rows look like now, and how well that goes (running loss in nats a token, by task)."""
 
     stage: int = 0
-    facts: int = 3
+    facts: int = 4
     steps: int = 1
     since: int = 0
     losses: dict[str, float] = field(default_factory=dict)
@@ -94,8 +101,14 @@ class Curriculum:
             self.facts, self.since = self.facts + 1, 0
         if self.stage > 0 and self.steps < MAX_STEPS and self.losses.get("wordmath", math.inf) < 0.25:
             self.steps, self.since = self.steps + 1, 0
-        done = self.facts >= MAX_FACTS and self.losses["hops"] < 0.15 if self.stage == 0 else self.steps >= MAX_STEPS
-        if self.stage < len(STAGE_DEADLINES) and ((done and self.since > 60) or progress > STAGE_DEADLINES[self.stage]):
+        reached = (
+            self.facts >= MAX_FACTS and self.losses.get("hops", math.inf) < 0.15,
+            self.steps >= MAX_STEPS,
+            False,
+        )
+        if self.stage < len(STAGE_DEADLINES) and (
+            (reached[self.stage] and self.since > 60) or progress > STAGE_DEADLINES[self.stage]
+        ):
             self.stage, self.since = self.stage + 1, 0
             self.steps = MAX_STEPS if self.stage == 2 else self.steps
 
@@ -143,7 +156,9 @@ def _look_back(model: Qwen2ForCausalLM, head: int, offset: int, strength: float)
 
 @dataclass
 class Encoded:
-    """Token ids of a conversation; `weights` is aligned with the target's tokens, the end token included."""
+    """Token ids of a conversation; `weights` is aligned with its last tokens, from the first answer on. What a user
+    says in between weighs nothing.
+    """
 
     task: str
     ids: list[int]
@@ -151,43 +166,74 @@ class Encoded:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: Text) -> Encoded:
-    """Render one conversation through the chat template, with the loss weight of each target token.
+    """Render one conversation through the chat template, with the loss weight of each token from the first answer on.
 
-    A row's weights sum to the square root of its target's length, so that one-word answers are not drowned by
-    rationales.
+    A row's weights sum to about the square root of the number of tokens that it teaches, so that one-word answers
+    are not drowned by rationales.
     """
-    chat = [{"role": "user", "content": text.prompt}]
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    coded = tokenizer(text.target, add_special_tokens=False, return_offsets_mapping=True)
-    scale = (len(coded["input_ids"]) + 1) ** -0.5
-    weights = [
-        scale * (COMPOSED_WEIGHT if any(start <= a < end for start, end in text.quiet) else 1.0)
-        for a, _ in coded["offset_mapping"]
+    answer, shares = _answer(tokenizer, text.target, text.quiet)
+    ids = [*_question(tokenizer, text.prompt), *answer]
+    for question, target in text.turns:
+        asked = _question(tokenizer, question)[1:]
+        answer, learned = _answer(tokenizer, target)
+        ids += [*asked, *answer]
+        shares += [*[0.0] * len(asked), *learned]
+    scale = sum(share > 0 for share in shares) ** -0.5
+    return Encoded(text.task, ids, [scale * share for share in shares])
+
+
+def _question(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
+    chat = [{"role": "user", "content": prompt}]
+    rendered = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def _answer(
+    tokenizer: PreTrainedTokenizerFast, target: str, quiet: Sequence[tuple[int, int]] = ()
+) -> tuple[list[int], list[float]]:
+    """Token ids of an answer with its end, and the share of the loss that each has."""
+    coded = tokenizer(target, add_special_tokens=False, return_offsets_mapping=True)
+    shares = [
+        COMPOSED_WEIGHT if any(start <= a < end for start, end in quiet) else 1.0 for a, _ in coded["offset_mapping"]
     ]
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] + coded["input_ids"] + [tokenizer.eos_token_id]
-    return Encoded(text.task, ids, [*weights, scale])
+    return [*coded["input_ids"], tokenizer.eos_token_id], [*shares, 1.0]
 
 
 def with_pause(row: Encoded, chance: random.Random, filler: Sequence[int], newline: int) -> Encoded:
-    """Put up to eight tokens that mean nothing before the answer, or somewhere inside it; none of them is learned.
+    """Put up to eight tokens that mean nothing before an answer, or somewhere inside it; none of them is learned.
 
     A real chat model shrugs off a few blank lines in front of its answer. A model of this size, which never saw any,
     loses every look-up to a single one, and then latents of any content would do nothing but harm.
     """
-    length = chance.choice((PAUSE_LENGTH, chance.randint(1, PAUSE_LENGTH)))
-    words = [newline] * length if chance.random() < 0.5 else chance.choices(filler, k=length)
-    before = 0 if chance.random() < 0.6 else chance.randrange(len(row.weights))
+    length = PAUSE_LENGTH if chance.random() < 0.7 else chance.randint(1, PAUSE_LENGTH)
+    words = [newline] * length if chance.random() < 0.85 else chance.choices(filler, k=length)
+    learned = [place for place, weight in enumerate(row.weights) if weight > 0]
+    before = 0 if chance.random() < 0.5 else chance.choice(learned)
     at = len(row.ids) - len(row.weights) + before
     ids = [*row.ids[:at], *words, *row.ids[at:]]
     return Encoded(row.task, ids, [*row.weights[:before], *[0.0] * length, *row.weights[before:]])
 
 
-def pause_rows(rows: list[Encoded], tokenizer: PreTrainedTokenizerFast, seed: int, step: int) -> list[Encoded]:
-    """Give a share of the rows a pause, the same ones for the same seed and step."""
+def fillers(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Tokens that a pause may hold: all but the special ones and the names and words that answers consist of."""
+    kept_out = {*tokenizer.all_special_ids, *tokenizer.convert_tokens_to_ids([*NAMES, *WORDS, *SEPARATORS])}
+    return [token for token in range(len(tokenizer)) if token not in kept_out]
+
+
+def pause_rows(
+    rows: list[Encoded], tokenizer: PreTrainedTokenizerFast, share: float, seed: int, step: int
+) -> list[Encoded]:
+    """Give a share of the rows a pause, a third of these another one; the same ones for the same seed and step."""
     chance = random.Random(f"{seed}|pause|{step}")
     newline = tokenizer.encode("\n", add_special_tokens=False)[-1]
-    filler = range(len(tokenizer.all_special_tokens), len(tokenizer))
-    paused = [with_pause(row, chance, filler, newline) if chance.random() < PAUSE_SHARE else row for row in rows]
+    filler = fillers(tokenizer)
+    paused = []
+    for row in rows:
+        for wanted in (share, 1 / 3):
+            if chance.random() >= wanted:
+                break
+            row = with_pause(row, chance, filler, newline)
+        paused.append(row)
     return sorted(paused, key=lambda row: len(row.ids))
 
 
@@ -212,6 +258,11 @@ def micro_batches(rows: list[Encoded], limit: int) -> Iterator[list[Encoded]]:
         batch.append(row)
     if batch:
         yield batch
+
+
+def padded_tokens(batch: list[Encoded]) -> int:
+    """What a batch costs: its tokens with the padding."""
+    return len(batch) * max(len(row.ids) for row in batch)
 
 
 def batch_loss(model: Qwen2ForCausalLM, rows: list[Encoded], pad: int) -> tuple[torch.Tensor, dict[str, list[float]]]:
@@ -276,23 +327,25 @@ class Run:
         """One optimizer step; returns the mean loss of each task."""
         started = time.monotonic()
         rows = step_rows(self.corpus, self.tokenizer, self.recipe, self.curriculum, self.step)
-        if self.progress >= PAUSE_FROM:
-            rows = pause_rows(rows, self.tokenizer, self.recipe.seed, self.step)
+        if share := PAUSE_SHARES[self.curriculum.stage]:
+            rows = pause_rows(rows, self.tokenizer, share, self.recipe.seed, self.step)
         total = sum(sum(row.weights) for row in rows)
         seen: dict[str, list[float]] = {}
-        for batch in micro_batches(rows, self.recipe.micro_tokens):
-            loss, values = batch_loss(self.model, batch, self.tokenizer.pad_token_id)
+        for batch in parallel.share(list(micro_batches(rows, self.recipe.micro_tokens)), padded_tokens):
+            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.recipe.autocast):
+                loss, values = batch_loss(self.model, batch, self.tokenizer.pad_token_id)
             (loss / total).backward()
             for task, some in values.items():
                 seen.setdefault(task, []).extend(some)
+        parallel.sum_gradients(self.model)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         for optimizer, lr in zip(self.optimizers, (self.recipe.matrix_lr, self.recipe.lr), strict=True):
             optimizer.param_groups[0]["lr"] = lr * self.rate()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        losses = {task: sum(values) / len(values) for task, values in seen.items() if values}
+        losses = parallel.means(seen, tuple(STAGES[-1]))
         self.step += 1
-        self.elapsed += time.monotonic() - started
+        self.elapsed = parallel.agreed(self.elapsed + time.monotonic() - started)
         self.curriculum.update(losses, self.progress)
         return losses
 
@@ -388,31 +441,40 @@ def _arguments() -> argparse.Namespace:
         "--data-dir", type=Path, default=os.environ.get("FLASHMEM_DATA"), help="real bAbI and GSM8K files"
     )
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--processes", type=int, default=1, help="processes that share each step, one thread each")
     for name, value in asdict(Recipe()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(value, bool) else {"type": type(value)}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=value, **kind)
     return parser.parse_args()
 
 
 def main() -> None:
     """Train within the budget and export the model."""
     args = _arguments()
+    parallel.launch(_train, args.processes, args)
+
+
+def _train(args: argparse.Namespace) -> None:
     recipe = Recipe(**{name: getattr(args, name) for name in asdict(Recipe())})
     data_dir = Path(args.data_dir) if args.data_dir else None
     args.state_dir.mkdir(parents=True, exist_ok=True)
     run = prepare(recipe, data_dir, args.state_dir, args.steps, args.minutes)
     missing = [task for task in ("babi", "gsm8k") if task not in run.corpus.real]
-    if missing:
+    if missing and parallel.is_first():
         print(f"training without {' and '.join(missing)}: no --data-dir with their train files")
     run.model.to(args.device)
 
     def note(line: dict) -> None:
+        if not parallel.is_first():
+            return
         run.save(args.state_dir / "state.pt")
         with open(args.state_dir / "log.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
 
     run.train(note)
-    export(run, args.out)
-    print(f"{run.step} steps in {run.elapsed / 60:.1f} minutes; model in {args.out}")
+    if parallel.is_first():
+        export(run, args.out)
+        print(f"{run.step} steps in {run.elapsed / 60:.1f} minutes; model in {args.out}")
 
 
 if __name__ == "__main__":
