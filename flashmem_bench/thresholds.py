@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -288,7 +290,14 @@ def _fit(
 
 
 def spread(samples: Sequence[Any], limit: int | None) -> list[Any]:
-    """Return `limit` samples evenly spaced over the sequence, or all of them."""
-    if limit is None or limit >= len(samples):
-        return [samples[index] for index in range(len(samples))]
-    return [samples[index * len(samples) // limit] for index in range(limit)]
+    """Return `limit` samples in their order, one from each of as many equal stretches, or all of them.
+
+    Which one of a stretch is drawn, the same one every time: suites let their strata take turns, and evenly spaced
+    samples would meet only some of them.
+    """
+    count = len(samples)
+    if limit is None or limit >= count:
+        return [samples[index] for index in range(count)]
+    chance = random.Random(f"{limit} of {count}")
+    edges = [place * count // limit for place in range(limit + 1)]
+    return [samples[chance.randrange(low, high)] for low, high in pairwise(edges)]

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from flashmem_bench import hub
 from flashmem_bench.errors import DataError, UnknownNameError, UsageError
 from flashmem_bench.suites import find_suite, list_suites, suites_dir
 from flashmem_bench.tasks import load_suite
+from flashmem_bench.thresholds import spread
 
 NAMES = ["babi", "gsm8k", "hops", "hops-list", "recall", "wordmath"]
 GENERATED = ["hops", "hops-list", "recall", "wordmath"]
@@ -611,3 +613,15 @@ def test_settings_of_the_training_split_leave_the_others_alone():
     assert {suite.samples(split)[i].doc["facts"] for split in ("test", "validation") for i in range(48)} == {12}
     chosen = load_suite("hops", settings={"facts": 7})
     assert {chosen.samples(split)[i].doc["facts"] for split in ("train", "test") for i in range(12)} == {7}
+
+
+@pytest.mark.parametrize(("count", "limit"), [(200, 100), (16000, 8000), (2000, 300), (7, 5)])
+def test_a_spread_choice_covers_the_rows_and_every_stratum_that_takes_turns(count, limit):
+    chosen = spread(range(count), limit)
+    assert chosen == sorted(set(chosen)) and len(chosen) == limit
+    assert chosen == spread(range(count), limit)
+    assert max(b - a for a, b in pairwise([-1, *chosen, count])) <= 2 * -(-count // limit)
+    if limit >= 100:
+        shares = [sum(index % 4 == turn for index in chosen) / limit for turn in range(4)]
+        assert max(shares) < 0.33 and min(shares) > 0.17
+    assert spread(range(count), None) == spread(range(count), count) == list(range(count))
