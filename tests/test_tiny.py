@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,7 +182,7 @@ def _two_steps(argument):
     torch.manual_seed(0)
     run = pretrain.Run(MICRO, pretrain.new_model(MICRO, tokenizer), tokenizer, Corpus(), total_steps=2)
     losses = [run.train_step() for _ in range(2)]
-    if parallel.is_first():
+    if parallel.together().main:
         torch.save({"losses": losses, "model": run.model.state_dict()}, path)
 
 
@@ -197,11 +198,9 @@ def test_two_processes_make_the_step_of_one(tokenizer, tmp_path):
 
 def test_shares_are_disjoint_complete_and_even(monkeypatch):
     pieces = [9, 1, 4, 4, 2, 7, 3]
-    monkeypatch.setattr(parallel.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(parallel.distributed, "get_world_size", lambda: 2)
     found = []
     for rank in range(2):
-        monkeypatch.setattr(parallel.distributed, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(parallel, "together", lambda rank=rank: SimpleNamespace(rank=rank, world=2))
         found.append(parallel.share(pieces, lambda piece: piece))
     assert sorted(found[0] + found[1]) == sorted(pieces)
     assert abs(sum(found[0]) - sum(found[1])) <= 2

@@ -460,19 +460,19 @@ def _train(args: argparse.Namespace) -> None:
     args.state_dir.mkdir(parents=True, exist_ok=True)
     run = prepare(recipe, data_dir, args.state_dir, args.steps, args.minutes)
     missing = [task for task in ("babi", "gsm8k") if task not in run.corpus.real]
-    if missing and parallel.is_first():
+    if missing and parallel.together().main:
         print(f"training without {' and '.join(missing)}: no --data-dir with their train files")
     run.model.to(args.device)
 
     def note(line: dict) -> None:
-        if not parallel.is_first():
+        if not parallel.together().main:
             return
         run.save(args.state_dir / "state.pt")
         with open(args.state_dir / "log.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
 
     run.train(note)
-    if parallel.is_first():
+    if parallel.together().main:
         export(run, args.out)
         print(f"{run.step} steps in {run.elapsed / 60:.1f} minutes; model in {args.out}")
 
