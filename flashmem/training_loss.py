@@ -1,8 +1,8 @@
 """The loss of a memory: cross-entropy of what follows it, through the frozen layers.
 
 A training sequence is [x, M, y]. The prefix x is prefilled without gradient, the source writes M from its state, and
-[M, y] runs on that cache with gradients through the frozen layers to M; only y counts. Beside the loss stands the
-attention entropy of a teacher-forced answer, which says where the trigger would have fired.
+[M, y] runs on that cache with gradients through the frozen layers to M; only y counts. Beside the loss stand the
+entropies of a teacher-forced answer, attention's and the next token's, which say where a trigger would have fired.
 """
 
 from __future__ import annotations
