@@ -95,6 +95,30 @@ def test_further_turns_ask_what_the_facts_say_and_only_answers_are_learned(token
     assert tokenizer.apply_chat_template(chat)["input_ids"] == row.ids
 
 
+@pytest.mark.parametrize("task", ["hops", "hops-list"])
+def test_a_hint_leaves_one_link_to_follow_and_is_not_learned(tokenizer, task):
+    for index in range(8):
+        text = Corpus().hinted(task, index, 12)
+        links = dict(line.split(" -> ") for line in text.prompt.splitlines() if " -> " in line)
+        assert text.hints
+        for start, name in text.hints:
+            assert text.target[start:].split("\n")[0] == links[name]
+        row = pretrain.encode(tokenizer, text)
+        said = list(zip(row.ids[-len(row.weights) :], row.weights, strict=True))
+        assert tokenizer.decode([token for token, weight in said if weight > 0]) == text.target + "<|end|>"
+        quiet = {tokenizer.decode([token]) for token, weight in said if weight == 0}
+        assert quiet - {"\n"} == {name for _, name in text.hints}
+
+
+def test_no_hinted_row_is_a_test_row():
+    corpus = Corpus()
+    text = corpus.hinted("hops", 0, 12)
+    assert split_of(text.prompt) == "train"
+    corpus.held_out.add(corpus_module._digest(text.prompt))
+    with pytest.raises(ValueError, match="also a test row"):
+        corpus.hinted("hops", 0, 12)
+
+
 def test_no_training_row_asks_a_test_question():
     corpus = Corpus()
     drawn = [corpus.text(task, i, 12, 3) for task in ("hops", "hops-list", "recall", "wordmath") for i in range(60)]

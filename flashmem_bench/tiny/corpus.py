@@ -2,9 +2,9 @@
 splits.
 
 A batch depends only on the seed, the step and the curriculum's state, never on what was drawn before it:
-training can stop and go on at any step. Two-link look-ups appear in `hops-list` only, so that their format is known,
-and their answers weigh nothing in the loss: the bundled model must stay unable to give them, or a memory would have
-nothing to do.
+training can stop and go on at any step. Answers of two links and more weigh nothing in the loss, or come after a hint
+that leaves one look-up to do: the bundled model must stay unable to give them alone, or a memory would have nothing
+to do.
 
 Test rows are never trained on: generated prompts carry their split in their hash, and real training prompts
 are checked against the hashes of the test prompts.
@@ -23,7 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from flashmem_bench.generators import GENERATORS, generate, hops, hops_list, recall, wordmath
-from flashmem_bench.generators.base import Row, row_at, split_of
+from flashmem_bench.generators.base import Row, follow, row_at, split_of
 
 GSM8K_SUFFIX = '\nReason step by step, then end with "#### " and the number.'
 # Share of GSM8K train that is kept out of training: the calibration and validation split.
@@ -34,6 +34,8 @@ COMPOSED_WEIGHT = 0.0
 TEST_ROWS = 2000
 # Look-ups asked after the first one about the same facts.
 MOST_TURNS = 5
+# Rows with hints come from a stream of their own.
+HINTED = 1000
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Text:
 
     Attributes:
         quiet: (start, end) character spans of the target that weigh `COMPOSED_WEIGHT`.
+        hints: (start, name): a name that a pause before this character of the target says.
         turns: further (question, answer) turns of the same conversation.
     """
 
@@ -50,6 +53,7 @@ class Text:
     target: str
     quiet: tuple[tuple[int, int], ...] = ()
     turns: tuple[tuple[str, str], ...] = ()
+    hints: tuple[tuple[int, str], ...] = ()
 
     def prompts(self) -> Iterator[str]:
         """Every prompt that the conversation amounts to: each later question stands for the first one's last line."""
@@ -149,6 +153,11 @@ def _more_questions(row: Row) -> tuple[tuple[str, str], ...]:
     return tuple(turn for turn in turns if split_of("\n".join([*context, turn[0]])) == "train")[:MOST_TURNS]
 
 
+def _links(row: Row) -> dict[str, str]:
+    """The facts of a prompt."""
+    return dict(line.split(" -> ") for line in row["prompt"].split("\n") if " -> " in line)
+
+
 @dataclass
 class Corpus:
     """Draws rows of the mixture.
@@ -182,6 +191,29 @@ class Corpus:
         if any(_digest(prompt) in self.held_out for prompt in text.prompts()):
             raise ValueError(f"training row {index} of {task} is also a test row; the splits of its generator overlap")
         return text
+
+    def hinted(self, task: str, index: int, facts: int) -> Text:
+        """A row of `hops` or `hops-list` whose composed answers are told their last link but one.
+
+        See `text`, which this extends; the answer is one look-up from the hint, so it is learned.
+        """
+        text = {"hops": self._hinted_hops, "hops-list": self._hinted_hops_list}[task](index, facts)
+        if _digest(text.prompt) in self.held_out:
+            raise ValueError(f"hinted row {index} of {task} is also a test row; the splits of its generator overlap")
+        return text
+
+    def _hinted_hops(self, index: int, facts: int) -> Text:
+        row = row_at("hops", hops.draw, "train", index, self.seed + HINTED, facts=facts)
+        start = row["prompt"].rpartition(": ")[2]
+        return Text("hops", row["prompt"], row["target"], hints=((0, follow(_links(row), start, row["k"] - 1)),))
+
+    def _hinted_hops_list(self, index: int, facts: int) -> Text:
+        row = row_at("hops-list", hops_list.draw, "train", index, self.seed + HINTED, facts=facts)
+        links, hints = _links(row), []
+        for echo in row["moments"]:
+            start = row["target"].index(echo) + len(f"{echo} ")
+            hints.append((start, links[echo.removesuffix(" twice:")]))
+        return Text("hops-list", row["prompt"], row["target"], hints=tuple(hints))
 
     def _hops(self, index: int, facts: int, steps: int) -> Text:
         facts = max(2, facts - index % 4 // 2 * (facts // 3))

@@ -34,6 +34,8 @@ def launch(work: Callable[[Any], None], count: int, argument: Any) -> None:
 
 def _join(rank: int, work: Callable[[Any], None], count: int, port: int, argument: Any) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    # Joining takes as many threads as it sees cores, and they may not all be ours, unless this is set.
+    names["OMP_NUM_THREADS"] = 1
     os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)
     _parent()

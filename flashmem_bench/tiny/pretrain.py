@@ -47,11 +47,14 @@ STAGES: tuple[dict[str, int], ...] = (
     {"wordmath": 40, "hops-list": 8, "hops": 10, "recall": 6},
     {"wordmath": 22, "hops-list": 8, "hops": 8, "recall": 6, "babi": 24, "gsm8k": 4},
     {"wordmath": 24, "hops-list": 20, "hops": 5, "recall": 4, "babi": 28, "gsm8k": 2},
+    {"wordmath": 20, "hops-list": 16, "hops": 6, "recall": 6, "babi": 24, "gsm8k": 2},
 )
+# Rows with hints that the last stage takes besides.
+HINTED_ROWS = {"hops": 14, "hops-list": 8}
 # Share of the budget after which a stage ends although its goal is not reached.
-STAGE_DEADLINES = (0.3, 0.5, 0.55)
+STAGE_DEADLINES = (0.26, 0.43, 0.47, 0.85)
 # From the second stage on, this share of the rows holds a pause (see `with_pause`), in the last stage most of them.
-PAUSE_SHARES, PAUSE_LENGTH = (0.0, 0.4, 0.4, 0.7), 8
+PAUSE_SHARES, PAUSE_LENGTH = (0.0, 0.4, 0.4, 0.7, 0.7), 8
 MAX_FACTS, MAX_STEPS = 12, 3
 
 
@@ -104,6 +107,7 @@ class Curriculum:
         reached = (
             self.facts >= MAX_FACTS and self.losses.get("hops", math.inf) < 0.15,
             self.steps >= MAX_STEPS,
+            False,
             False,
         )
         if self.stage < len(STAGE_DEADLINES) and (
@@ -171,7 +175,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: Text) -> Encoded:
     A row's weights sum to about the square root of the number of tokens that it teaches, so that one-word answers
     are not drowned by rationales.
     """
-    answer, shares = _answer(tokenizer, text.target, text.quiet)
+    answer, shares = _answer(tokenizer, text.target, text.quiet, text.hints)
     ids = [*_question(tokenizer, text.prompt), *answer]
     for question, target in text.turns:
         asked = _question(tokenizer, question)[1:]
@@ -189,14 +193,36 @@ def _question(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
 
 
 def _answer(
-    tokenizer: PreTrainedTokenizerFast, target: str, quiet: Sequence[tuple[int, int]] = ()
+    tokenizer: PreTrainedTokenizerFast,
+    target: str,
+    quiet: Sequence[tuple[int, int]] = (),
+    hints: Sequence[tuple[int, str]] = (),
 ) -> tuple[list[int], list[float]]:
-    """Token ids of an answer with its end, and the share of the loss that each has."""
+    """Token ids of an answer with its end, and the share of the loss that each has; hints weigh nothing."""
     coded = tokenizer(target, add_special_tokens=False, return_offsets_mapping=True)
-    shares = [
-        COMPOSED_WEIGHT if any(start <= a < end for start, end in quiet) else 1.0 for a, _ in coded["offset_mapping"]
-    ]
-    return [*coded["input_ids"], tokenizer.eos_token_id], [*shares, 1.0]
+    said = dict(hints)
+    ids: list[int] = []
+    shares: list[float] = []
+    for token, (start, _) in zip(coded["input_ids"], coded["offset_mapping"], strict=True):
+        if start in said:
+            pause = hint_pause(tokenizer, said[start], random.Random(f"{target}|{start}"))
+            ids += pause
+            shares += [0.0] * len(pause)
+        ids.append(token)
+        shares.append(COMPOSED_WEIGHT if any(a <= start < b for a, b in quiet) else 1.0)
+    return [*ids, tokenizer.eos_token_id], [*shares, 1.0]
+
+
+def hint_pause(tokenizer: PreTrainedTokenizerFast, name: str, chance: random.Random) -> list[int]:
+    """Up to eight tokens, some of them `name`, the others newlines.
+
+    A pre-trained model takes a hint that stands in front of its answer. One of this size must have seen some, or a
+    memory that knows the last link but one could not say so.
+    """
+    coded, newline = (tokenizer.encode(text, add_special_tokens=False) for text in (name, "\n"))
+    length = PAUSE_LENGTH if chance.random() < 0.7 else chance.randint(1, PAUSE_LENGTH)
+    often, sure = chance.uniform(0.2, 1.0), chance.randrange(length)
+    return [coded[0] if i == sure or chance.random() < often else newline[-1] for i in range(length)]
 
 
 def with_pause(row: Encoded, chance: random.Random, filler: Sequence[int], newline: int) -> Encoded:
@@ -245,6 +271,9 @@ def step_rows(corpus: Corpus, tokenizer, recipe: Recipe, curriculum: Curriculum,
             continue
         for index in range(step * count, (step + 1) * count):
             rows.append(encode(tokenizer, corpus.text(task, index, curriculum.facts, curriculum.steps)))
+    for task, count in (HINTED_ROWS if curriculum.stage == len(STAGES) - 1 else {}).items():
+        hinted = (corpus.hinted(task, index, MAX_FACTS) for index in range(step * count, (step + 1) * count))
+        rows += [encode(tokenizer, text) for text in hinted]
     return sorted((row for row in rows if len(row.ids) <= recipe.context), key=lambda row: len(row.ids))
 
 
