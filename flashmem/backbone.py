@@ -14,6 +14,7 @@ Invariant: the history goes through the backbone once. `DecodeState.encoded` cou
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,23 @@ class Backbone:
         sample = torch.arange(min(table.weight.shape[0], 8192), device=self.device)
         with torch.no_grad():
             return float(table(sample).float().norm(dim=-1).mean())
+
+    def stream_scale(self) -> float:
+        """Size of the residual stream before the final norm, with the state after it as the unit; a power of two.
+
+        Measured on ids spread over the vocabulary. The first positions are left out: attention sinks have streams of
+        another size.
+        """
+        streams: list[Tensor] = []
+        hook = self.decoder.norm.register_forward_pre_hook(lambda _, given: streams.append(given[0]))
+        ids = torch.linspace(0, self.model.get_input_embeddings().weight.shape[0] - 1, 64, device=self.device)
+        try:
+            with torch.no_grad():
+                after = self.decoder(input_ids=ids.long()[None], use_cache=False).last_hidden_state
+        finally:
+            hook.remove()
+        before, after = (x[0, 8:].float().norm(dim=-1).to("cpu") for x in (streams[0], after))
+        return 2.0 ** round(math.log2(float((before / after).median())))
 
     def rotary(self, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine `[B, Q, d_h]` that a layer uses for positions `[B, Q]`."""

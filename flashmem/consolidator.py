@@ -6,6 +6,11 @@ without W_K and W_V: norm, W_Q, attention over the K,V that the backbone *alread
 FFN. No key or value of the history is ever computed again. Queries are rotated for the position that the latent will
 take. The copied final norm follows, then a map to embedding space.
 
+The seed and every later input of the blocks are states of post-norm size, and what a copied block adds has the size of
+the stream that it was trained in: a few times larger in some backbones, hundreds of times in others, where it would
+drown the state that it is added to. So a block's input is brought to the size of the stream (`stream_scale`, a
+property of the backbone) and its output back. The paper is silent on this.
+
 A block is a deep copy of the transformers layer. Its k and v projections become stubs, and the cache that it is handed
 is a read-only adapter whose `update()` answers with the backbone's K,V: every family's own norms, biases and
 rotations stay in force without a line of ours about them.
@@ -175,6 +180,7 @@ class Consolidator(nn.Module):
         self.seed = Seed(backbone.hidden_size)
         self.blocks = nn.ModuleList(make_block(backbone, layer, config) for layer in sources)
         self.norm = _copy(backbone.decoder.norm).requires_grad_(True)
+        self.scale = config.stream_scale or backbone.stream_scale()
         self.output = OutputMap(config.output_map, backbone)
 
     def forward(self, hidden: Tensor, backbone: Backbone, state: DecodeState, cached: KeysValues) -> Tensor:
@@ -205,6 +211,7 @@ class Consolidator(nn.Module):
         self, current: Tensor, index: int, caches: list[ReadOnlyCache], backbone: Backbone, state: DecodeState
     ) -> Tensor:
         positions = (state.next_position + index)[:, None]
+        current = current * self.scale
         for block, layer, cache in zip(self.blocks, self.reads, caches, strict=True):
             mask = state.visible(positions, backbone.window(layer))
             if mask is not None and cache.grow:
@@ -217,7 +224,7 @@ class Consolidator(nn.Module):
                 position_embeddings=backbone.rotary(positions, layer),
             )
             current = output[0] if isinstance(output, tuple) else output
-        return current
+        return current / self.scale
 
 
 class SharedKVMemory(MemorySource):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +51,8 @@ class MemoryConfig:
             embedding that was written.
         output_map: to embedding space. "linear" (identity at the start), "identity" and "gate" (newline embedding plus
             a gated term that starts at zero) all end at the mean norm of the token embeddings.
+        stream_scale: size of the stream that the blocks were copied from, in units of the states that they now get;
+            None = measured on the backbone when a source is made, 1 = the states as they are.
         init: "inherited" copies the backbone's last layers; "random" is the ablation.
         encoder_layers: layers of the separate encoder; None is all.
         encoder_rank: rank of its LoRA.
@@ -63,6 +65,7 @@ class MemoryConfig:
     latent_attention: Literal["none", "earlier"] = "none"
     feedback: Literal["raw", "normed", "embedding"] = "normed"
     output_map: Literal["linear", "gate", "identity"] = "linear"
+    stream_scale: float | None = None
     init: Literal["inherited", "random"] = "inherited"
     encoder_layers: int | None = None
     encoder_rank: int = 8
@@ -71,6 +74,8 @@ class MemoryConfig:
         for name in ("length", "depth", "encoder_rank"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"memory.{name} is {getattr(self, name)}; it must be 1 or more.")
+        if self.stream_scale is not None and self.stream_scale <= 0:
+            raise ConfigError(f"memory.stream_scale is {self.stream_scale}; it must be above 0, or None.")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"memory.{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}.")
@@ -179,6 +184,9 @@ def new_memory(config: MemoryConfig, backbone: Backbone) -> MemorySource:
     kinds = {"consolidator": SharedKVMemory, "separate-encoder": SeparateEncoderMemory, "constant": ConstantMemory}
     if config.depth > backbone.num_layers:
         raise ConfigError(f"memory.depth is {config.depth} and {backbone.name} has only {backbone.num_layers} layers.")
+    if config.stream_scale is None:
+        # Kept with the checkpoint, so that another dtype or device cannot round it to another power of two.
+        config = replace(config, stream_scale=backbone.stream_scale())
     memory = kinds[config.source](config, backbone)
     memory.backbone_id = {
         "name": backbone.name,
@@ -211,7 +219,9 @@ def load_memory(path: str | Path, backbone: Backbone) -> MemorySource:
             f"{backbone.name} ({backbone.fingerprint}): train one with flashmem-bench train, or load that model."
         )
     known = {f.name for f in fields(MemoryConfig)}
-    memory = new_memory(MemoryConfig(**{k: v for k, v in record["memory"].items() if k in known}), backbone)
+    # Checkpoints from before the scale was there were trained without it.
+    written = {"stream_scale": 1.0} | {k: v for k, v in record["memory"].items() if k in known}
+    memory = new_memory(MemoryConfig(**written), backbone)
     _load_weights(memory, weights)
     memory.metadata = record["metadata"]
     return memory.eval()

@@ -114,7 +114,7 @@ def memory_config(settings: Settings) -> Any:
     from flashmem.memory import MemoryConfig
 
     values = settings.memory.model_dump()
-    return MemoryConfig(**{entry.name: values[entry.name] for entry in fields(MemoryConfig)})
+    return MemoryConfig(**{entry.name: values[entry.name] for entry in fields(MemoryConfig) if entry.name in values})
 
 
 def trained_memory(context: BuildContext) -> MemorySource:

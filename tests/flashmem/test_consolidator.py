@@ -68,6 +68,7 @@ def _slow_memory(memory, family: str, prompt: list[int]) -> torch.Tensor:
     current, out = consolidator.seed(hidden)[:, None], []
     for step in range(memory.config.length):
         position = len(prompt) + step
+        current = current * memory.config.stream_scale
         x = block.input_layernorm(current)
         query = block_attention.qkv_proj.query(x) if hasattr(attention, "qkv_proj") else block_attention.q_proj(x)
         query = split(query)
@@ -91,7 +92,7 @@ def _slow_memory(memory, family: str, prompt: list[int]) -> torch.Tensor:
         else:
             current = current + attended
             current = current + block.mlp(block.post_attention_layernorm(current))
-        current = consolidator.norm(current)
+        current = consolidator.norm(current / memory.config.stream_scale)
         out.append(consolidator.output(current))
     return torch.cat(out, 1)
 
@@ -186,11 +187,50 @@ def test_checkpoint_round_trip(config: MemoryConfig, backbone, tmp_path) -> None
     _perturb(memory)
     memory.save_pretrained(tmp_path / "m", {"train_seed": 3})
     loaded = load_memory(tmp_path / "m", backbone)
-    assert loaded.config == config
+    assert loaded.config == memory.config
     assert loaded.metadata == {"train_seed": 3}
     with torch.no_grad():
         context = MemoryContext(backbone, backbone.prefill(prompts_of(9), keep_inputs=True), [0])
         assert torch.equal(memory(context), loaded(context))
+
+
+def _loud_backbone(times: float):
+    """A backbone whose layers add `times` as much to the stream; the layers read it through norms."""
+    loud = make_backbone("qwen2")
+    with torch.no_grad():
+        for layer in loud.decoder.layers:
+            layer.self_attn.o_proj.weight.mul_(times)
+            layer.mlp.down_proj.weight.mul_(times)
+    return loud
+
+
+def test_a_large_stream_does_not_drown_the_state_that_seeds_a_memory() -> None:
+    loud = _loud_backbone(3000.0)
+    (prompt,) = prompts_of(15, seed=2)
+    state = loud.prefill([prompt])
+    assert loud.stream_scale() > 32
+
+    def kept(scale):
+        memory = new_memory(MemoryConfig(length=1, stream_scale=scale), loud)
+        with torch.no_grad():
+            written = memory(MemoryContext(loud, state, [0]))[:, 0]
+        return float(torch.cosine_similarity(written, state.hidden))
+
+    # The last of four layers added about a quarter of what is in the stream, so most of the state survives it.
+    assert kept(None) > 0.7
+    assert kept(1.0) < kept(None) - 0.2
+
+
+def test_the_stream_scale_is_kept_with_a_checkpoint_and_was_one_before(tmp_path) -> None:
+    loud = _loud_backbone(3000.0)
+    new_memory(MemoryConfig(length=1), loud).save_pretrained(tmp_path / "m")
+    assert load_memory(tmp_path / "m", loud).config.stream_scale == loud.stream_scale()
+    record = json.loads((tmp_path / "m" / "config.json").read_text())
+    del record["memory"]["stream_scale"]
+    (tmp_path / "m" / "config.json").write_text(json.dumps(record))
+    assert load_memory(tmp_path / "m", loud).consolidator.scale == 1.0
+    with pytest.raises(ConfigError, match="stream_scale"):
+        MemoryConfig(stream_scale=0.0)
 
 
 def test_damaged_and_foreign_checkpoints_are_refused(backbone, tmp_path) -> None:
