@@ -12,7 +12,7 @@ BENCH := $(BIN)/flashmem-bench
 TORCH := $(shell grep -i '^torch==' constraints.txt)
 TORCH_INDEX ?=
 DEMO_LIMIT ?= 100
-TINY_MINUTES ?= 58
+TINY_MINUTES ?= 74
 METHODS := vanilla,flashmem,flashmem-literal,flashmem-prompt-end,flashmem-no-monitor,flashmem-fixed-trigger,flashmem-random-trigger,flashmem-output-entropy,flashmem-separate-encoder,flashmem-random-memory,flashmem-shuffled-memory,flashmem-mean-memory,flashmem-noop-memory
 
 .PHONY: setup demo test test-all report reproduce tiny memories lint wheel clean

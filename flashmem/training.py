@@ -16,6 +16,7 @@ examples no longer falls, and ends with the parameters that had the lowest.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from flashmem.errors import ConfigError
 from flashmem.memory import MemorySource
 from flashmem.placement import Processes
 from flashmem.training_curves import TrainStep, write_curves
-from flashmem.training_data import Example, Placed, batches, examples_hash, place, split
+from flashmem.training_data import Example, Lessons, Placed, examples_hash, place, split
 from flashmem.training_loss import sequence_loss, target_entropies
 from flashmem.training_state import EarlyStopping, TrainState
 
@@ -62,6 +63,8 @@ class TrainConfig:
         micro_batch_size: samples that a process computes at once; None is all of its share of a step.
         activation_checkpointing: run layers again in the backward pass instead of keeping what they computed.
         validate_every: steps between two measurements on the validation examples; None measures never.
+        lessons: shares of the run at which the examples of lesson 1, 2, ... take over from those before; with none, all
+            examples are used from the first step.
         keep: weight of KL(plain || with memory) on the target tokens that the plain backbone gets right; 0 is the
             paper's loss.
         patience: measurements without a new lowest loss after which training stops; None never stops early.
@@ -82,6 +85,7 @@ class TrainConfig:
     validate_every: int | None = None
     patience: int | None = None
     keep: float = 0.0
+    lessons: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.batch_size < 1 or self.epochs <= 0 or not 0 <= self.warmup < 1:
@@ -93,6 +97,8 @@ class TrainConfig:
         for name in ("micro_batch_size", "validate_every", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more, or None.")
+        if list(self.lessons) != sorted(set(self.lessons)) or any(not 0 < start < 1 for start in self.lessons):
+            raise ConfigError(f"lessons are {self.lessons}; they must rise and lie between 0 and 1.")
         if self.patience is not None and self.validate_every is None:
             raise ConfigError("Early stopping (patience) needs validate_every: steps between two measurements.")
 
@@ -212,13 +218,14 @@ class _Trainer:
 
     def _steps(self) -> Iterator[tuple[int, list[Example]]]:
         """The steps that are left, until the run is done."""
-        for step, batch in enumerate(batches(self.examples, self.config.batch_size, self.config.seed)):
-            if step < len(self.state.curve):
-                continue
+        config, seen = self.config, [taken.progress for taken in self.state.curve]
+        lessons = Lessons(self.examples, config.lessons, config.batch_size, config.seed, seen)
+        for step in itertools.count(len(seen)):
             self._tick()
-            if self._progress(step) >= 1.0 or self.state.stopping.over:
+            progress = self._progress(step)
+            if progress >= 1.0 or self.state.stopping.over:
                 return
-            yield step, batch
+            yield step, lessons.next(progress)
 
     def _since_start(self) -> float:
         return time.monotonic() - self._started
@@ -326,6 +333,7 @@ class _Trainer:
     def _terms(self) -> dict[str, Any]:
         """What a state must agree with to be this training's."""
         terms = {name: value for name, value in asdict(self.config).items() if name not in _FREE}
+        terms["lessons"] = list(self.config.lessons)
         terms["examples"] = examples_hash(self.examples)
         terms["validation_examples"] = examples_hash(self.validation)
         return {**terms, "memory": asdict(self.memory.config), "backbone": self.backbone.fingerprint}

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from flashmem.backbone import Backbone
+from flashmem.errors import ConfigError
 from flashmem.training_loss import step_entropies
 
 _WINDOW = 16
@@ -21,10 +22,11 @@ _FIRING_SHARE = 0.15
 
 @dataclass(frozen=True)
 class Example:
-    """One sample: prompt and answer token ids, the answer with its EOS."""
+    """One sample: prompt and answer token ids, the answer with its EOS, and the lesson that it belongs to."""
 
     prompt_ids: list[int]
     target_ids: list[int]
+    lesson: int = 0
 
     @property
     def length(self) -> int:
@@ -64,6 +66,39 @@ def batches(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[
         for batch in found:
             yield [examples[i] for i in batch]
         epoch += 1
+
+
+class Lessons:
+    """Batches lesson after lesson: which one a step takes from depends on how far the run is.
+
+    Args:
+        examples: of all lessons.
+        starts: shares of the run at which lesson 1, 2, ... begin. An example of a later lesson than these belongs to
+            the last one; without any, all examples make one lesson.
+        size: examples of a batch.
+        seed: of the order.
+        seen: progress at each step that was taken already, so that a resumed run goes on where it stopped.
+
+    Raises:
+        ConfigError: a lesson has no examples.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], starts: Sequence[float], size: int, seed: int, seen: Sequence[float] = ()
+    ) -> None:
+        self.starts = starts
+        pools: list[list[Example]] = [[] for _ in range(len(starts) + 1)]
+        for example in examples:
+            pools[min(example.lesson, len(starts))].append(example)
+        if empty := [number for number, pool in enumerate(pools) if not pool]:
+            raise ConfigError(f"Lesson {empty[0]} has no examples: give fewer lessons, or examples for it.")
+        self._streams = [batches(pool, size, seed) for pool in pools]
+        for progress in seen:
+            self.next(progress)
+
+    def next(self, progress: float) -> list[Example]:
+        """The next batch of the lesson that is on at this share of the run."""
+        return next(self._streams[sum(progress >= start for start in self.starts)])
 
 
 def place(batch: Sequence[Example], insertion: str, key: str) -> list[Placed]:
@@ -121,5 +156,6 @@ def examples_hash(examples: Sequence[Example]) -> str:
     """16 hex digits over the token ids of examples in their order."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(f"{example.prompt_ids}|{example.target_ids}\n".encode())
+        lesson = f"|{example.lesson}" if example.lesson else ""
+        digest.update(f"{example.prompt_ids}|{example.target_ids}{lesson}\n".encode())
     return digest.hexdigest()[:16]

@@ -20,7 +20,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,6 +144,8 @@ def _train(
     examples = [example for suite in suites for example in _examples(session, suite, wanted, watcher)]
     if not examples:
         raise BenchError(f"no example to train on: {_why_none(wanted)}")
+    # Lessons are for the suites that have some.
+    config = wanted.train if any(e.lesson for e in examples) else replace(wanted.train, lessons=())
     held_out: list[Example] = []
     if wanted.train.validate_every is not None:
         share = max(1, wanted.held_out // len(suites))
@@ -154,7 +156,7 @@ def _train(
             session.backbone,
             memory,
             examples,
-            wanted.train,
+            config,
             state_dir=folder / "training",
             on_step=lambda step: watcher.advance(step.progress, f"step {step.step}, loss {step.loss:.4f}"),
             validation=held_out,
@@ -208,7 +210,8 @@ def _examples(
         texts = own_answers(session, suite, samples, _answer_file(session, suite, split), watcher)
     end = end_of_answer(backbone, generation_arguments(backbone, suite, Settings())["eos_token_id"] or [])
     for sample, target in texts:
-        example = Example(backbone.encode_chat(sample.prompt), backbone.encode(target) + end)
+        lesson = int(sample.doc.get("lesson", 0)) if suite.info.kind == "generated" else 0
+        example = Example(backbone.encode_chat(sample.prompt), backbone.encode(target) + end, lesson)
         if len(example.prompt_ids) + len(example.target_ids) <= room:
             yield example
 

@@ -61,6 +61,7 @@ class Train(_Part):
         seeds: One memory for each.
         scope: joint makes one memory for all suites, suite one for each.
         targets: gold or self; None = gold for the bundled model, self for others.
+        lessons: Shares of the training at which the next lesson of a suite that has lessons begins; none = no lessons.
         keep: Weight of leaving alone what the plain backbone gets right (see `flashmem.TrainConfig`).
         batch_size: Examples a step, over all processes.
         micro_batch_size: Examples that a process computes at once.
@@ -76,6 +77,7 @@ class Train(_Part):
     targets: Literal["gold", "self"] | None = None
     insertion: Literal["prompt-end", "mixed"] = "prompt-end"
     keep: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    lessons: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
     lr: Positive = 1e-5
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip: Positive = 0.53

@@ -192,6 +192,7 @@ def fit_request(recipe: Recipe, training: Training) -> FitRequest:
         validate_every=early.every if early else None,
         patience=early.patience if early else None,
         keep=train.keep,
+        lessons=train.lessons,
     )
     return FitRequest(
         method=training.method,

@@ -15,6 +15,7 @@ import pytest
 
 from flashmem_bench import hub
 from flashmem_bench.errors import DataError, UnknownNameError, UsageError
+from flashmem_bench.sources import generated
 from flashmem_bench.suites import find_suite, list_suites, suites_dir
 from flashmem_bench.tasks import load_suite
 from flashmem_bench.thresholds import spread
@@ -609,8 +610,10 @@ def test_the_real_files_have_the_published_sizes():
 
 def test_settings_of_the_training_split_leave_the_others_alone():
     suite = load_suite("hops")
-    assert {suite.samples("train")[i].doc["facts"] for i in range(48)} == {5, 6, 8, 12}
-    assert {suite.samples(split)[i].doc["facts"] for split in ("test", "validation") for i in range(48)} == {12}
+    train = suite.samples("train")
+    assert {train[i].doc["k"] for i in range(48)} == {2} and {train[-1 - i].doc["k"] for i in range(48)} == {1, 2}
+    for split in ("test", "validation"):
+        assert {suite.samples(split)[i].doc["k"] for i in range(48)} == {1, 2, 3, 4}
     chosen = load_suite("hops", settings={"facts": 7})
     assert {chosen.samples(split)[i].doc["facts"] for split in ("train", "test") for i in range(12)} == {7}
 
@@ -625,3 +628,17 @@ def test_a_spread_choice_covers_the_rows_and_every_stratum_that_takes_turns(coun
         shares = [sum(index % 4 == turn for index in chosen) / limit for turn in range(4)]
         assert max(shares) < 0.33 and min(shares) > 0.17
     assert spread(range(count), None) == spread(range(count), count) == list(range(count))
+
+
+def test_lessons_are_equal_parts_of_the_training_split_alone():
+    flashmem, sizes = {"alias": "hops"}, {"test": 6, "train": 12}
+    lessons = [{"k": [2]}, {"k": [2, 1]}, {"facts": 5}]
+    splits = generated(flashmem=flashmem, sizes=sizes, training=lessons)
+    rows = list(splits["train"])
+    assert [row["lesson"] for row in rows] == [0] * 4 + [1] * 4 + [2] * 4
+    assert len({row["id"] for row in rows}) == 12
+    assert {row["k"] for row in rows[:4]} == {2} and {row["k"] for row in rows[4:8]} == {1, 2}
+    assert {row["facts"] for row in rows[:8]} == {12} and {row["facts"] for row in rows[8:]} == {5}
+    assert not any("lesson" in row for row in splits["test"])
+    plain = generated(flashmem=flashmem, sizes=sizes, training=lessons[0])
+    assert not any("lesson" in row for row in plain["train"])

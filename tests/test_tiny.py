@@ -110,13 +110,25 @@ def test_a_hint_leaves_one_link_to_follow_and_is_not_learned(tokenizer, task):
         assert quiet - {"\n"} == {name for _, name in text.hints}
 
 
-def test_no_hinted_row_is_a_test_row():
+def test_half_of_the_guesses_are_the_first_link_and_the_others_are_right():
+    for index in range(8):
+        text = Corpus().guessed("hops", index, 12)
+        links = dict(line.split(" -> ") for line in text.prompt.splitlines() if " -> " in line)
+        count, start = text.prompt.splitlines()[-1].split(": ")
+        wanted = {"Two links": 2, "Three links": 3, "Four links": 4}[count] if index % 2 else 1
+        for _ in range(wanted):
+            start = links[start]
+        assert text.target == start
+
+
+@pytest.mark.parametrize("kind", ["hinted", "guessed"])
+def test_no_hinted_or_guessed_row_is_a_test_row(kind):
     corpus = Corpus()
-    text = corpus.hinted("hops", 0, 12)
+    text = getattr(corpus, kind)("hops", 0, 12)
     assert split_of(text.prompt) == "train"
     corpus.held_out.add(corpus_module._digest(text.prompt))
     with pytest.raises(ValueError, match="also a test row"):
-        corpus.hinted("hops", 0, 12)
+        getattr(corpus, kind)("hops", 0, 12)
 
 
 def test_no_training_row_asks_a_test_question():
@@ -181,7 +193,7 @@ def test_the_curriculum_grows_when_a_task_becomes_easy_and_moves_on_at_its_deadl
     assert state.facts > 4 and state.stage == 0
     stuck = pretrain.Curriculum()
     for _ in range(40):
-        stuck.update({"hops": 1.0, "hops-list": 1.0}, progress=0.5)
+        stuck.update({"hops": 1.0, "hops-list": 1.0}, progress=0.3)
     assert (stuck.facts, stuck.stage) == (4, 1)
 
 

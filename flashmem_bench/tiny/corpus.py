@@ -2,9 +2,9 @@
 splits.
 
 A batch depends only on the seed, the step and the curriculum's state, never on what was drawn before it:
-training can stop and go on at any step. Answers of two links and more weigh nothing in the loss, or come after a hint
-that leaves one look-up to do: the bundled model must stay unable to give them alone, or a memory would have nothing
-to do.
+training can stop and go on at any step. The bundled model must stay unable to follow two links alone, or a memory
+would have nothing to do: such answers weigh nothing in the loss, or come after a hint that leaves one look-up to do, or
+are guesses (half of them the first link).
 
 Test rows are never trained on: generated prompts carry their split in their hash, and real training prompts
 are checked against the hashes of the test prompts.
@@ -17,7 +17,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -34,8 +34,8 @@ COMPOSED_WEIGHT = 0.0
 TEST_ROWS = 2000
 # Look-ups asked after the first one about the same facts.
 MOST_TURNS = 5
-# Rows with hints come from a stream of their own.
-HINTED = 1000
+# Rows with hints and guesses come from streams of their own: offsets of the seed.
+HINTED, GUESSED = 1000, 2000
 
 
 @dataclass(frozen=True)
@@ -197,23 +197,38 @@ class Corpus:
 
         See `text`, which this extends; the answer is one look-up from the hint, so it is learned.
         """
-        text = {"hops": self._hinted_hops, "hops-list": self._hinted_hops_list}[task](index, facts)
+        return self._checked(task, index, {"hops": self._hinted_hops, "hops-list": self._hinted_hops_list}[task], facts)
+
+    def guessed(self, task: str, index: int, facts: int) -> Text:
+        """A row of `hops` that needs more than one link, answered half of the time with the first link.
+
+        So the model says the first link and is unsure of it: it has noticed what was asked, as a larger one would.
+        """
+        return self._checked(task, index, {"hops": self._guessed_hops}[task], facts)
+
+    def _checked(self, task: str, index: int, draw: Callable[[int, int], Text], facts: int) -> Text:
+        text = draw(index, facts)
         if _digest(text.prompt) in self.held_out:
-            raise ValueError(f"hinted row {index} of {task} is also a test row; the splits of its generator overlap")
+            raise ValueError(f"row {index} of {task} is also a test row; the splits of its generator overlap")
         return text
 
     def _hinted_hops(self, index: int, facts: int) -> Text:
         row = row_at("hops", hops.draw, "train", index, self.seed + HINTED, facts=facts)
         start = row["prompt"].rpartition(": ")[2]
-        return Text("hops", row["prompt"], row["target"], hints=((0, follow(_links(row), start, row["k"] - 1)),))
+        return Text("hints", row["prompt"], row["target"], hints=((0, follow(_links(row), start, row["k"] - 1)),))
+
+    def _guessed_hops(self, index: int, facts: int) -> Text:
+        row = row_at("hops", hops.draw, "train", index, self.seed + GUESSED, facts=facts, k=(2, 3, 4))
+        first = _links(row)[row["prompt"].rpartition(": ")[2]]
+        return Text("guesses", row["prompt"], row["target"] if index % 2 else first)
 
     def _hinted_hops_list(self, index: int, facts: int) -> Text:
         row = row_at("hops-list", hops_list.draw, "train", index, self.seed + HINTED, facts=facts)
         links, hints = _links(row), []
         for echo in row["moments"]:
-            start = row["target"].index(echo) + len(f"{echo} ")
+            start = row["target"].index(f"{echo} ") + len(f"{echo} ")
             hints.append((start, links[echo.removesuffix(" twice:")]))
-        return Text("hops-list", row["prompt"], row["target"], hints=tuple(hints))
+        return Text("hints", row["prompt"], row["target"], hints=tuple(hints))
 
     def _hops(self, index: int, facts: int, steps: int) -> Text:
         facts = max(2, facts - index % 4 // 2 * (facts // 3))

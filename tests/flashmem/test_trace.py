@@ -113,6 +113,7 @@ def _eager(memory, prompt: list[int]) -> list[torch.Tensor]:
     found = [[] for _ in keys]
     for step in range(memory.config.length):
         position = torch.tensor([[len(prompt) + step]])
+        current = current * memory.config.stream_scale
         for number, (block, key) in enumerate(zip(consolidator.blocks, keys, strict=True)):
             attention, layer = block.self_attn, model.model.layers[consolidator.reads[number]]
             query = _rotate(model, split(attention.q_proj(block.input_layernorm(current))), position)
@@ -122,7 +123,7 @@ def _eager(memory, prompt: list[int]) -> list[torch.Tensor]:
             values = split(layer.self_attn.v_proj(history)).repeat_interleave(2, 1)
             current = current + attention.o_proj((weights @ values).transpose(1, 2).flatten(2))
             current = current + block.mlp(block.post_attention_layernorm(current))
-        current = consolidator.norm(current)
+        current = consolidator.norm(current / memory.config.stream_scale)
     return [torch.stack(rows) for rows in found]
 
 

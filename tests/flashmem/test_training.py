@@ -27,7 +27,7 @@ from flashmem import (
 )
 from flashmem.memory import MemoryContext
 from flashmem.training import sequence_loss
-from flashmem.training_data import Placed, high_place, place, split
+from flashmem.training_data import Lessons, Placed, high_place, place, split
 from flashmem.training_loss import step_entropies
 from tests.flashmem.conftest import make_backbone, prompts_of
 
@@ -36,7 +36,8 @@ FAST = TrainConfig(lr=3e-3, batch_size=8, max_steps=25, clip=1.0)
 
 def _examples(n: int = 32) -> list[Example]:
     """A toy task: whatever the prompt, answer 20 21 22 and stop."""
-    return [Example(p, [20, 21, 22, 2]) for p in prompts_of(*[6 + i % 5 for i in range(n)], seed=11)]
+    prompts = prompts_of(*[6 + i % 5 for i in range(n)], seed=11)
+    return [Example(prompt, [20, 21, 22, 2], lesson=i % 3) for i, prompt in enumerate(prompts)]
 
 
 @pytest.mark.parametrize("source", ["consolidator", "separate-encoder", "constant"])
@@ -244,13 +245,20 @@ def test_checkpointing_keeps_less(backbone) -> None:
     assert kept[True] < 0.5 * kept[False]
 
 
-@pytest.mark.parametrize("insertion", ["prompt-end", "mixed"])
-def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch, insertion: str) -> None:
+@pytest.mark.parametrize(("insertion", "lessons"), [("prompt-end", ()), ("mixed", (0.3, 0.6))])
+def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch, insertion: str, lessons) -> None:
     monkeypatch.setattr("flashmem.training._SAVE_EVERY_S", 0.0)
     monkeypatch.setattr("flashmem.training._SAVE_SHARE", 1e9)
     held_out = _examples()[:6]
     config = TrainConfig(
-        lr=3e-3, batch_size=8, max_steps=9, insertion=insertion, validate_every=2, patience=9, micro_batch_size=4
+        lr=3e-3,
+        batch_size=8,
+        max_steps=9,
+        insertion=insertion,
+        validate_every=2,
+        patience=9,
+        micro_batch_size=4,
+        lessons=lessons,
     )
     plain, whole = _fit(config, validation=held_out, curves=tmp_path / "whole.csv")
     where = dict(state_dir=tmp_path / "state", validation=held_out, curves=tmp_path / "curves.csv")
@@ -265,6 +273,27 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch
     pd.testing.assert_frame_equal(*(table.drop(columns="seconds") for table in tables))
     assert tables[1]["validation_loss_nats_token"].notna().tolist() == [False, True] * 4 + [True]
     assert (tables[1]["seconds"].diff().dropna() > 0).all()
+
+
+def test_each_step_takes_from_the_lesson_that_is_on_and_a_resumed_run_from_the_same_place() -> None:
+    progress = [step / 20 for step in range(20)]
+    whole = Lessons(_examples(30), (0.25, 0.5), 4, seed=1)
+    batches = [whole.next(p) for p in progress]
+    expected = [0] * 5 + [1] * 5 + [2] * 10
+    assert [{e.lesson for e in batch} for batch in batches] == [{lesson} for lesson in expected]
+    for taken in (3, 7, 16):
+        resumed = Lessons(_examples(30), (0.25, 0.5), 4, seed=1, seen=progress[:taken])
+        assert [resumed.next(p) for p in progress[taken:]] == batches[taken:]
+    mixed = Lessons(_examples(30), (), 30, seed=1)
+    assert {e.lesson for e in mixed.next(0.0) + mixed.next(0.0)} == {0, 1, 2}
+
+
+def test_lessons_that_cannot_be_given_are_refused() -> None:
+    with pytest.raises(ConfigError, match="Lesson 2 has no examples"):
+        Lessons([e for e in _examples(30) if e.lesson < 2], (0.2, 0.4), 4, seed=0)
+    for starts in ((0.5, 0.2), (0.0,), (1.0,)):
+        with pytest.raises(ConfigError, match="lessons"):
+            TrainConfig(lessons=starts)
 
 
 def test_another_training_is_not_resumed(tmp_path) -> None:
