@@ -336,8 +336,9 @@ def _label(row: Any) -> str:
     settings = row["settings"]
     if not isinstance(settings, str) or not settings:
         return str(row["method"])
-    short = ", ".join(part.rpartition(".")[2] for part in settings.split(", "))
-    return f"{row['method']} ({short[:28]}{'...' if len(short) > 28 else ''})"
+    # A long label takes its width from the axes: the first setting tells arms apart, the table beside has them all.
+    key, _, value = settings.split(", ")[0].partition("=")
+    return f"{row['method']} ({key.rpartition('.')[2]}={value[:16]})"
 
 
 def _footnote(rows: pd.DataFrame, bars: str = "bars are 95 % intervals") -> str:
