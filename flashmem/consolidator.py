@@ -180,7 +180,7 @@ class Consolidator(nn.Module):
         self.seed = Seed(backbone.hidden_size)
         self.blocks = nn.ModuleList(make_block(backbone, layer, config) for layer in sources)
         self.norm = _copy(backbone.decoder.norm).requires_grad_(True)
-        self.scale = config.stream_scale or backbone.stream_scale()
+        self.scale = config.stream_scale or 1.0
         self.output = OutputMap(config.output_map, backbone)
 
     def forward(self, hidden: Tensor, backbone: Backbone, state: DecodeState, cached: KeysValues) -> Tensor:

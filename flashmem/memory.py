@@ -52,7 +52,7 @@ class MemoryConfig:
         output_map: to embedding space. "linear" (identity at the start), "identity" and "gate" (newline embedding plus
             a gated term that starts at zero) all end at the mean norm of the token embeddings.
         stream_scale: size of the stream that the blocks were copied from, in units of the states that they now get;
-            None = measured on the backbone when a source is made, 1 = the states as they are.
+            None = measured on the backbone by `new_memory`, 1 = the states as they are.
         init: "inherited" copies the backbone's last layers; "random" is the ablation.
         encoder_layers: layers of the separate encoder; None is all.
         encoder_rank: rank of its LoRA.

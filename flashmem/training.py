@@ -333,7 +333,6 @@ class _Trainer:
     def _terms(self) -> dict[str, Any]:
         """What a state must agree with to be this training's."""
         terms = {name: value for name, value in asdict(self.config).items() if name not in _FREE}
-        terms["lessons"] = list(self.config.lessons)
         terms["examples"] = examples_hash(self.examples)
         terms["validation_examples"] = examples_hash(self.validation)
         return {**terms, "memory": asdict(self.memory.config), "backbone": self.backbone.fingerprint}

@@ -48,8 +48,7 @@ def generated(
     """
     name = flashmem["alias"]
     chosen = {**(generator or {}), **(settings or {})}
-
-    lessons = [training or {}] if training is None or isinstance(training, Mapping) else list(training)
+    lessons = [training or {}] if training is None or isinstance(training, Mapping) else training
 
     def rows(split: str, count: int, wanted: Mapping[str, Any]) -> list[Doc]:
         from flashmem_bench.generators import generate

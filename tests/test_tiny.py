@@ -14,7 +14,7 @@ import torch
 from flashmem_bench.generators import generate
 from flashmem_bench.generators.base import split_of
 from flashmem_bench.tiny import corpus as corpus_module
-from flashmem_bench.tiny import evaluate, parallel, pretrain, weights_dir
+from flashmem_bench.tiny import encoding, evaluate, parallel, pretrain, weights_dir
 from flashmem_bench.tiny.corpus import COMPOSED_WEIGHT, Corpus, Text
 from flashmem_bench.tiny.tokenizer import KEYWORDS, SEPARATORS, build_tokenizer, load_tokenizer
 
@@ -72,7 +72,7 @@ def test_the_chat_template_frames_the_prompt_once(shipped):
 
 def test_only_two_link_values_are_quiet(tokenizer):
     text = next(t for t in (Corpus().text("hops-list", i, 12, 3) for i in range(9)) if t.quiet)
-    row = pretrain.encode(tokenizer, text)
+    row = encoding.encode(tokenizer, text)
     target = row.ids[-len(row.weights) :]
     full = max(row.weights)
     quiet = [tokenizer.decode([i]) for i, w in zip(target, row.weights, strict=True) if w < full]
@@ -85,7 +85,7 @@ def test_further_turns_ask_what_the_facts_say_and_only_answers_are_learned(token
     facts = dict(line.split(" -> ") for line in text.prompt.splitlines() if " -> " in line)
     assert len(text.turns) > 1
     assert all(facts[question.removeprefix("One link: ")] == answer for question, answer in text.turns)
-    row = pretrain.encode(tokenizer, text)
+    row = encoding.encode(tokenizer, text)
     start = len(row.ids) - len(row.weights)
     learned = [tokenizer.decode([row.ids[start + i]]) for i, weight in enumerate(row.weights) if weight > 0]
     assert learned == [part for answer in (text.target, *(a for _, a in text.turns)) for part in (answer, "<|end|>")]
@@ -103,7 +103,7 @@ def test_a_hint_leaves_one_link_to_follow_and_is_not_learned(tokenizer, task):
         assert text.hints
         for start, name in text.hints:
             assert text.target[start:].split("\n")[0] == links[name]
-        row = pretrain.encode(tokenizer, text)
+        row = encoding.encode(tokenizer, text)
         said = list(zip(row.ids[-len(row.weights) :], row.weights, strict=True))
         assert tokenizer.decode([token for token, weight in said if weight > 0]) == text.target + "<|end|>"
         quiet = {tokenizer.decode([token]) for token, weight in said if weight == 0}
@@ -163,7 +163,7 @@ def test_an_epoch_visits_every_real_row_once(data_dir):
 
 
 def test_micro_batches_keep_rows_and_the_token_limit():
-    rows = [pretrain.Encoded("hops", [1] * length, [1.0]) for length in (10, 11, 12, 40, 41, 100)]
+    rows = [encoding.Encoded("hops", [1] * length, [1.0]) for length in (10, 11, 12, 40, 41, 100)]
     batches = list(pretrain.micro_batches(rows, 90))
     assert [row for batch in batches for row in batch] == rows
     assert [[len(row.ids) for row in batch] for batch in batches] == [[10, 11, 12], [40, 41], [100]]
@@ -180,7 +180,7 @@ def test_look_back_heads_start_on_their_offset(tokenizer):
 
 def test_the_batch_loss_equals_one_row_at_a_time(tokenizer):
     model = pretrain.new_model(MICRO, tokenizer)
-    rows = [pretrain.encode(tokenizer, Corpus().text(task, 3, 5, 2)) for task in ("hops", "wordmath", "hops-list")]
+    rows = [encoding.encode(tokenizer, Corpus().text(task, 3, 5, 2)) for task in ("hops", "wordmath", "hops-list")]
     together = pretrain.batch_loss(model, rows, tokenizer.pad_token_id)[0]
     apart = sum(pretrain.batch_loss(model, [row], tokenizer.pad_token_id)[0] for row in rows)
     assert torch.allclose(together, apart, rtol=1e-5)
@@ -264,13 +264,13 @@ def test_an_exported_model_loads_as_a_plain_hugging_face_folder(tokenizer, tmp_p
 def test_a_pause_is_not_learned_and_moves_nothing_else(tokenizer):
     chance = random.Random(0)
     for task in ("hops", "wordmath", "hops-list"):
-        row = pretrain.encode(tokenizer, Corpus().text(task, 3, 5, 2))
+        row = encoding.encode(tokenizer, Corpus().text(task, 3, 5, 2))
         for _ in range(30):
-            paused = pretrain.with_pause(row, chance, range(10, 200), newline=7)
+            paused = encoding.with_pause(row, chance, range(10, 200), newline=7)
             kept = [i for i, w in enumerate(paused.weights) if w > 0 or paused.weights == row.weights]
             assert [paused.weights[i] for i in kept] == row.weights
             extra = len(paused.ids) - len(row.ids)
-            assert 1 <= extra <= pretrain.PAUSE_LENGTH and len(paused.weights) == len(row.weights) + extra
+            assert 1 <= extra <= encoding.PAUSE_LENGTH and len(paused.weights) == len(row.weights) + extra
             # The answer still follows the prompt, in order, around the pause.
             start = len(paused.ids) - len(paused.weights)
             answer = [paused.ids[start + i] for i in kept]

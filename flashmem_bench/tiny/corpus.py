@@ -17,7 +17,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -147,7 +147,7 @@ def _more_questions(row: Row) -> tuple[tuple[str, str], ...]:
     """
     *context, asked = row["prompt"].split("\n")
     opening, key = asked.rsplit(": ", 1)
-    pairs = [line.split(" -> ") for line in context if " -> " in line]
+    pairs = list(_links(row).items())
     random.Random(row["prompt"]).shuffle(pairs)
     turns = [(f"{opening}: {other}", value) for other, value in pairs if other != key]
     return tuple(turn for turn in turns if split_of("\n".join([*context, turn[0]])) == "train")[:MOST_TURNS]
@@ -187,29 +187,28 @@ class Corpus:
             rows = self.real[task]
             epoch, place = divmod(index, len(rows))
             return rows[_order(task, self.seed, epoch, len(rows))[place]]
-        text = getattr(self, f"_{task.replace('-', '_')}")(index, facts, steps)
-        if any(_digest(prompt) in self.held_out for prompt in text.prompts()):
-            raise ValueError(f"training row {index} of {task} is also a test row; the splits of its generator overlap")
-        return text
+        return self._unseen(getattr(self, f"_{task.replace('-', '_')}")(index, facts, steps), index)
 
     def hinted(self, task: str, index: int, facts: int) -> Text:
         """A row of `hops` or `hops-list` whose composed answers are told their last link but one.
 
         See `text`, which this extends; the answer is one look-up from the hint, so it is learned.
         """
-        return self._checked(task, index, {"hops": self._hinted_hops, "hops-list": self._hinted_hops_list}[task], facts)
+        draw = {"hops": self._hinted_hops, "hops-list": self._hinted_hops_list}[task]
+        return self._unseen(draw(index, facts), index)
 
     def guessed(self, task: str, index: int, facts: int) -> Text:
         """A row of `hops` that needs more than one link, answered half of the time with the first link.
 
         So the model says the first link and is unsure of it: it has noticed what was asked, as a larger one would.
         """
-        return self._checked(task, index, {"hops": self._guessed_hops}[task], facts)
+        return self._unseen({"hops": self._guessed_hops}[task](index, facts), index)
 
-    def _checked(self, task: str, index: int, draw: Callable[[int, int], Text], facts: int) -> Text:
-        text = draw(index, facts)
-        if _digest(text.prompt) in self.held_out:
-            raise ValueError(f"row {index} of {task} is also a test row; the splits of its generator overlap")
+    def _unseen(self, text: Text, index: int) -> Text:
+        if any(_digest(prompt) in self.held_out for prompt in text.prompts()):
+            raise ValueError(
+                f"training row {index} of {text.task} is also a test row; the splits of its generator overlap"
+            )
         return text
 
     def _hinted_hops(self, index: int, facts: int) -> Text:
