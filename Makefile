@@ -52,12 +52,11 @@ tiny: setup
 # Memories and thresholds for the bundled backbone, as their recipes say: two trainings side by side, one core each.
 BUNDLED := flashmem_bench/tiny/weights
 JOINT := $(BENCH) train --recipe flashmem-tiny-joint --quiet
-SUITES := $(BENCH) train --recipe flashmem-tiny-suites --quiet
 memories: export OMP_NUM_THREADS = 1
 memories: setup
 	for seed in 0 1 2; do $(JOINT) --method flashmem --train-seed $$seed --out $(BUNDLED)/checkpoints/joint/flashmem/seed$$seed || exit; done & \
-	for method in flashmem flashmem-separate-encoder; do for suite in hops hops-list; do \
-	  $(SUITES) --method $$method --suite $$suite --out $(BUNDLED)/checkpoints/$$suite/$$method/seed0 || exit; \
+	for suite in hops hops-list; do for method in flashmem flashmem-separate-encoder; do \
+	  $(BENCH) train --recipe flashmem-tiny-$$suite --quiet --method $$method --train-seed 0 --out $(BUNDLED)/checkpoints/$$suite/$$method/seed0 || exit; \
 	done; done; wait
 	$(JOINT) --method flashmem-separate-encoder --out $(BUNDLED)/checkpoints/joint/flashmem-separate-encoder/seed0
 	$(BENCH) calibrate --suite wordmath,hops,hops-list,recall,babi,gsm8k --limit 100 --joint --out $(BUNDLED)/thresholds

@@ -32,7 +32,7 @@ from flashmem.errors import ConfigError
 from flashmem.memory import MemorySource
 from flashmem.placement import Processes
 from flashmem.training_curves import TrainStep, write_curves
-from flashmem.training_data import Example, Lessons, Placed, examples_hash, place, split
+from flashmem.training_data import INSERTIONS, Example, Lessons, Placed, examples_hash, place, split
 from flashmem.training_loss import sequence_loss, target_entropies
 from flashmem.training_state import EarlyStopping, TrainState
 
@@ -67,6 +67,8 @@ class TrainConfig:
             examples are used from the first step.
         keep: weight of KL(plain || with memory) on the target tokens that the plain backbone gets right; 0 is the
             paper's loss.
+        horizon: target tokens after M that count, since in a long answer a memory before one token drowns among those
+            that it cannot help; None is all of them, the paper's loss.
         patience: measurements without a new lowest loss after which training stops; None never stops early.
     """
 
@@ -78,7 +80,7 @@ class TrainConfig:
     max_steps: int | None = None
     max_minutes: float | None = None
     warmup: float = 0.1
-    insertion: Literal["prompt-end", "mixed"] = "prompt-end"
+    insertion: Literal["prompt-end", "mixed", "firing"] = "prompt-end"
     seed: int = 0
     micro_batch_size: int | None = None
     activation_checkpointing: bool = False
@@ -86,15 +88,16 @@ class TrainConfig:
     patience: int | None = None
     keep: float = 0.0
     lessons: tuple[float, ...] = ()
+    horizon: int | None = None
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.batch_size < 1 or self.epochs <= 0 or not 0 <= self.warmup < 1:
             raise ConfigError("Training needs lr > 0, batch_size >= 1, epochs > 0 and warmup from 0 to below 1.")
         if self.keep < 0:
             raise ConfigError(f"keep is {self.keep}; it must be 0 or more.")
-        if self.insertion not in ("prompt-end", "mixed"):
-            raise ConfigError(f"insertion is {self.insertion!r}; use prompt-end or mixed.")
-        for name in ("micro_batch_size", "validate_every", "patience"):
+        if self.insertion not in INSERTIONS:
+            raise ConfigError(f"insertion is {self.insertion!r}; use one of {', '.join(INSERTIONS)}.")
+        for name in ("micro_batch_size", "validate_every", "patience", "horizon"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more, or None.")
         if list(self.lessons) != sorted(set(self.lessons)) or any(not 0 < start < 1 for start in self.lessons):
@@ -259,7 +262,7 @@ class _Trainer:
 
     def _backward(self, rows: Sequence[Placed]) -> tuple[float, int]:
         """Leave the gradient of a whole step in the parameters; returns its mean loss and its target tokens."""
-        parts = [split(self.backbone, part) for part in self._parts(rows, len(rows))]
+        parts = [self._split(part) for part in self._parts(rows, len(rows))]
         mine = sum(len(target) for _, targets in parts for target in targets)
         tokens = round(float(self.processes.sum(torch.tensor([float(mine)]))[0]))
         total = torch.zeros(1, device=self.backbone.device)
@@ -268,6 +271,9 @@ class _Trainer:
             loss.backward()
             total += loss.detach()
         return self._sum_gradients(total), tokens
+
+    def _split(self, rows: Sequence[Placed]) -> tuple[list[list[int]], list[list[int]]]:
+        return split(self.backbone, rows, self.config.horizon)
 
     def _parts(self, rows: Sequence[Placed], most: int) -> list[list[Placed]]:
         """This process's micro batches. Neighbours are of similar length, so every n-th row makes equal shares."""
@@ -302,7 +308,7 @@ class _Trainer:
         counted = torch.zeros(2, dtype=torch.float32)
         with torch.no_grad():
             for part in self._parts(rows, self.config.batch_size):
-                loss, tokens = self._loss(*split(self.backbone, part))
+                loss, tokens = self._loss(*self._split(part))
                 counted += torch.tensor([float(loss), float(tokens)])
         self.memory.train()
         loss, tokens = self.processes.sum(counted).tolist()

@@ -16,6 +16,9 @@ from flashmem.errors import ConfigError
 from flashmem.training_loss import step_entropies
 
 _WINDOW = 16
+# Of every eight memories, how many go to the prompt end, anywhere, and where attention or next-token entropy is high.
+_SHARES = {"prompt-end": (8, 0, 0, 0), "mixed": (4, 2, 1, 1), "firing": (1, 1, 1, 5)}
+INSERTIONS = tuple(_SHARES)
 # Share of the steps above the default threshold, the 85th percentile.
 _FIRING_SHARE = 0.15
 
@@ -106,34 +109,37 @@ def place(batch: Sequence[Example], insertion: str, key: str) -> list[Placed]:
 
     Args:
         batch: the examples.
-        insertion: prompt-end, or mixed: half at the prompt end, a quarter anywhere, and a quarter where a trigger
+        insertion: prompt-end; or mixed: half at the prompt end, a quarter anywhere, and a quarter where a trigger
             fires, at one of the steps whose attention entropy (or, in half of the cases, next-token entropy) is
-            above the 85th percentile of the answer.
+            above the 85th percentile of the answer; or firing: three quarters where a trigger fires, most of them by
+            next-token entropy, and an eighth each at the prompt end and anywhere.
         key: seed of the draws.
     """
     if insertion == "prompt-end":
         return [Placed(example, 0) for example in batch]
     chance = random.Random(key)
-    return [_placed(example, chance) for example in batch]
+    return [_placed(example, _SHARES[insertion], chance) for example in batch]
 
 
-def _placed(example: Example, chance: random.Random) -> Placed:
+def _placed(example: Example, shares: Sequence[int], chance: random.Random) -> Placed:
     """One example with its place; at least one target token stays behind the memory."""
-    where = chance.choices(("end", "any", "attention", "output"), (4, 2, 1, 1))[0]
+    where = chance.choices(("end", "any", "attention", "output"), shares)[0]
     draw, length = chance.random(), len(example.target_ids)
     if where == "end" or length < 2:
         return Placed(example, 0)
     return Placed(example, int(draw * length)) if where == "any" else Placed(example, None, where, draw)
 
 
-def split(backbone: Backbone, rows: Sequence[Placed]) -> tuple[list[list[int]], list[list[int]]]:
-    """Prefixes and targets of rows: what lies before the memory and what lies after it."""
+def split(
+    backbone: Backbone, rows: Sequence[Placed], horizon: int | None = None
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Prefixes and targets of rows: what lies before the memory, and what lies after it up to a horizon in tokens."""
     open_rows = [row for row in rows if row.cut is None]
     found = iter(_high_places(backbone, open_rows))
     cuts = [next(found) if row.cut is None else row.cut for row in rows]
     return (
         [row.example.prompt_ids + row.example.target_ids[:cut] for row, cut in zip(rows, cuts, strict=True)],
-        [row.example.target_ids[cut:] for row, cut in zip(rows, cuts, strict=True)],
+        [row.example.target_ids[cut:][:horizon] for row, cut in zip(rows, cuts, strict=True)],
     )
 
 

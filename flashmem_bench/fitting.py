@@ -383,6 +383,7 @@ def _metadata(
         "targets": wanted.targets,
         "provisional": wanted.provisional,
         "insertion": train.insertion,
+        "horizon": train.horizon,
         "examples": examples,
         "best_step": report.best_step,
         "best_validation_loss": report.best_validation_loss,

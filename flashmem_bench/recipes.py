@@ -62,6 +62,7 @@ class Train(_Part):
         scope: joint makes one memory for all suites, suite one for each.
         targets: gold or self; None = gold for the bundled model, self for others.
         lessons: Shares of the training at which the next lesson of a suite that has lessons begins; none = no lessons.
+        horizon: Target tokens after a memory that count; None = all of them.
         keep: Weight of leaving alone what the plain backbone gets right (see `flashmem.TrainConfig`).
         batch_size: Examples a step, over all processes.
         micro_batch_size: Examples that a process computes at once.
@@ -75,9 +76,10 @@ class Train(_Part):
     seeds: Seeds = (0,)
     scope: Literal["joint", "suite"] = "joint"
     targets: Literal["gold", "self"] | None = None
-    insertion: Literal["prompt-end", "mixed"] = "prompt-end"
+    insertion: Literal["prompt-end", "mixed", "firing"] = "prompt-end"
     keep: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     lessons: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    horizon: Count | None = None
     lr: Positive = 1e-5
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip: Positive = 0.53

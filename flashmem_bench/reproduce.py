@@ -193,6 +193,7 @@ def fit_request(recipe: Recipe, training: Training) -> FitRequest:
         patience=early.patience if early else None,
         keep=train.keep,
         lessons=train.lessons,
+        horizon=train.horizon,
     )
     return FitRequest(
         method=training.method,

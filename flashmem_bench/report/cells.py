@@ -68,6 +68,11 @@ class Cell:
         return self.manifest.get("summary") or {}
 
     @property
+    def train_seed(self) -> int | None:
+        """Training seed of its memory; None where it has none or nobody knows."""
+        return self.rows[0].get("train_seed")
+
+    @property
     def ablation(self) -> list[dict[str, Any]]:
         """The axes that this cell is a point of."""
         return self.manifest["descr"].get("ablation") or []
@@ -161,11 +166,20 @@ def settings_differences(cells: Sequence[Cell]) -> dict[str, str]:
         groups.setdefault((cell.suite, cell.method, cell.condition), []).append(cell)
     different = {cell.cell_id: "" for cell in cells}
     for peers in groups.values():
-        keys = sorted({key for peer in peers for key in peer.settings})
-        odd = [key for key in keys if len({repr(peer.settings.get(key)) for peer in peers}) > 1]
-        for peer in peers:
-            different[peer.cell_id] = ", ".join(f"{_short_key(key)}={_shown(peer.settings.get(key))}" for key in odd)
+        told = [_told(peer, peers) for peer in peers]
+        keys = sorted({key for settings in told for key in settings})
+        odd = [key for key in keys if len({repr(settings.get(key)) for settings in told}) > 1]
+        for peer, settings in zip(peers, told, strict=True):
+            different[peer.cell_id] = ", ".join(f"{_short_key(key)}={_shown(settings.get(key))}" for key in odd)
     return different
+
+
+def _told(cell: Cell, peers: Sequence[Cell]) -> dict[str, Any]:
+    """The settings of a cell, its memory named by the training seed where that says which one it is."""
+    memories = {(peer.settings.get("memory"), peer.train_seed) for peer in peers}
+    if len({seed for _, seed in memories}) < len(memories) or cell.train_seed is None:
+        return cell.settings
+    return {**{key: value for key, value in cell.settings.items() if key != "memory"}, "train_seed": cell.train_seed}
 
 
 def _short_key(key: str) -> str:

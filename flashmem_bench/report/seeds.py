@@ -24,7 +24,7 @@ def seed_records(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """One record for each method of a suite that was run with several training seeds, on the samples all runs share."""
     groups: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
-        if cell.is_main and cell.rows[0].get("train_seed") is not None:
+        if cell.is_main and cell.train_seed is not None:
             groups.setdefault(_alike(cell), []).append(cell)
     found = [_record(peers, cells) for peers in groups.values() if len({_seed(peer) for peer in peers}) > 1]
     return [record for record in found if record]
@@ -36,7 +36,7 @@ def _alike(cell: Cell) -> tuple[Any, ...]:
 
 
 def _seed(cell: Cell) -> int:
-    return int(cell.rows[0]["train_seed"])
+    return int(cell.train_seed or 0)
 
 
 def _record(peers: Sequence[Cell], cells: Sequence[Cell]) -> dict[str, Any]:

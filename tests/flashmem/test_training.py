@@ -176,6 +176,18 @@ def test_a_bfloat16_backbone_trains_a_float32_memory(family: str, source: str) -
     assert run[0].latent_tokens == 3
 
 
+def test_firing_memories_stand_in_the_answer_and_a_horizon_ends_what_counts(backbone) -> None:
+    example = Example(prompts_of(9)[0], [20, 21, 22, 23, 24, 2])
+    rows = place([example] * 800, "firing", "key")
+    shares = {name: sum(row.cut is None and row.signal == name for row in rows) for name in ("attention", "output")}
+    assert 60 < shares["attention"] < 140 and 440 < shares["output"] < 560
+    assert 60 < sum(row.cut == 0 for row in rows) < 150
+    whole, near = (split(backbone, rows[:40], horizon) for horizon in (None, 2))
+    assert near[0] == whole[0]
+    assert near[1] == [target[:2] for target in whole[1]]
+    assert max(len(target) for target in whole[1]) > 2
+
+
 class Killed(Exception):
     """Stands for a kill: nothing after it runs."""
 
@@ -255,6 +267,7 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch
         batch_size=8,
         max_steps=9,
         insertion=insertion,
+        horizon=2 if lessons else None,
         validate_every=2,
         patience=9,
         micro_batch_size=4,
