@@ -63,7 +63,7 @@ BAD = [
     ("train --method flashmem", 2, "--suite is missing"),
     ("train --method flashmem --suite wordmath --lr 0", 2, "--lr must be a number above 0"),
     ("train --method flashmem --suite wordmath --targets silver", 2, "gold or self"),
-    ("train --method flashmem --suite wordmath --insertion middle", 2, "prompt-end),
+    ("train --method flashmem --suite wordmath --insertion middle", 2, "prompt-end or mixed or firing"),
     ("train --method flashmem --suite wordmath --micro-batch-size 0", 2, "--micro-batch-size must be a whole number"),
     ("train --method flashmem --suite wordmath --placement many", 2, "single or auto"),
     ("train --recipe qwen3-4b-gsm", 2, "did you mean qwen3-4b-gsm8k"),
