@@ -15,7 +15,7 @@ DEMO_LIMIT ?= 100
 TINY_MINUTES ?= 74
 METHODS := vanilla,flashmem,flashmem-literal,flashmem-prompt-end,flashmem-no-monitor,flashmem-fixed-trigger,flashmem-random-trigger,flashmem-output-entropy,flashmem-separate-encoder,flashmem-random-memory,flashmem-shuffled-memory,flashmem-mean-memory,flashmem-noop-memory
 
-.PHONY: setup demo test test-all report reproduce tiny memories lint wheel clean
+.PHONY: setup demo test test-all report reproduce tiny memories memories-seeds lint wheel clean
 
 setup: $(STAMP)
 
@@ -54,12 +54,20 @@ BUNDLED := flashmem_bench/tiny/weights
 JOINT := $(BENCH) train --recipe flashmem-tiny-joint --quiet
 memories: export OMP_NUM_THREADS = 1
 memories: setup
-	for seed in 0 1 2; do $(JOINT) --method flashmem --train-seed $$seed --out $(BUNDLED)/checkpoints/joint/flashmem/seed$$seed || exit; done & \
+	$(JOINT) --method flashmem --train-seed 0 --out $(BUNDLED)/checkpoints/joint/flashmem/seed0 & \
 	for suite in hops hops-list; do for method in flashmem flashmem-separate-encoder; do \
 	  $(BENCH) train --recipe flashmem-tiny-$$suite --quiet --method $$method --train-seed 0 --out $(BUNDLED)/checkpoints/$$suite/$$method/seed0 || exit; \
 	done; done; wait
 	$(JOINT) --method flashmem-separate-encoder --out $(BUNDLED)/checkpoints/joint/flashmem-separate-encoder/seed0
 	$(BENCH) calibrate --suite wordmath,hops,hops-list,recall,babi,gsm8k --limit 100 --joint --out $(BUNDLED)/thresholds
+
+# The other training seeds of the results; 12 MB hold one memory of each kind.
+memories-seeds: export OMP_NUM_THREADS = 1
+memories-seeds: setup
+	for seed in 1 2; do \
+	  $(JOINT) --method flashmem --train-seed $$seed --out build/memories/joint/flashmem/seed$$seed && \
+	  $(BENCH) train --recipe flashmem-tiny-hops --quiet --method flashmem --train-seed $$seed --out build/memories/hops/flashmem/seed$$seed || exit; \
+	done
 
 lint: setup
 	$(BIN)/ruff check .
