@@ -53,7 +53,7 @@ def test_runs_of_other_seeds_are_told_apart_by_their_seed(tmp_path):
     store = ResultStore(tmp_path)
     for seed in range(2):
         add_cell(store, "hops", "flashmem", n=10, train_seed=seed)
-    assert sorted(build_tables(store)["runs"]["settings"]) == ["train_seed=0", "train_seed=1"]
+    assert sorted(build_tables(store)["runs"]["settings"]) == ["memory=joint seed 0", "memory=joint seed 1"]
 
 
 def test_one_seed_or_other_settings_make_no_record(tmp_path):

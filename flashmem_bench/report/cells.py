@@ -28,7 +28,7 @@ PLACEBOS = (
     "flashmem-noop-memory",
 )
 CONDITIONS = ("model", "device", "dtype", "batch_size", "exec")
-_SHOWN_LETTERS = 12
+_SHOWN_LETTERS = 16
 # Parts of an identity that decide what was asked and how much could be answered.
 _SAME_QUESTION = ("suite_hash", "split", "template", "truncate", "generation.")
 
@@ -71,6 +71,11 @@ class Cell:
     def train_seed(self) -> int | None:
         """Training seed of its memory; None where it has none or nobody knows."""
         return self.rows[0].get("train_seed")
+
+    @property
+    def scope(self) -> str | None:
+        """What its memory was trained on: suite, joint or transfer; None where it has none."""
+        return self.rows[0].get("checkpoint_scope")
 
     @property
     def ablation(self) -> list[dict[str, Any]]:
@@ -175,11 +180,11 @@ def settings_differences(cells: Sequence[Cell]) -> dict[str, str]:
 
 
 def _told(cell: Cell, peers: Sequence[Cell]) -> dict[str, Any]:
-    """The settings of a cell, its memory named by the training seed where that says which one it is."""
-    memories = {(peer.settings.get("memory"), peer.train_seed) for peer in peers}
-    if len({seed for _, seed in memories}) < len(memories) or cell.train_seed is None:
+    """The settings of a cell, its memory named by scope and training seed where these say which one it is."""
+    memories = {(peer.settings.get("memory"), (peer.scope, peer.train_seed)) for peer in peers}
+    if cell.train_seed is None or len({names for _, names in memories}) < len(memories):
         return cell.settings
-    return {**{key: value for key, value in cell.settings.items() if key != "memory"}, "train_seed": cell.train_seed}
+    return {**cell.settings, "memory": f"{cell.scope} seed {cell.train_seed}"}
 
 
 def _short_key(key: str) -> str:

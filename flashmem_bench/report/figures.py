@@ -338,7 +338,8 @@ def _label(row: Any) -> str:
         return str(row["method"])
     # A long label takes its width from the axes: the first setting tells arms apart, the table beside has them all.
     key, _, value = settings.split(", ")[0].partition("=")
-    return f"{row['method']} ({key.rpartition('.')[2]}={value[:16]})"
+    shown = value if key == "memory" else f"{key.rpartition('.')[2]}={value[:16]}"
+    return f"{row['method']} ({shown})"
 
 
 def _footnote(rows: pd.DataFrame, bars: str = "bars are 95 % intervals") -> str:
