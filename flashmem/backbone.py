@@ -49,6 +49,9 @@ class DecodeState:
         entropy: `[B]` monitored entropy of the newest position, nats; zeros when the monitor is off.
         encoded: positions that went through the backbone, one count a row.
         inputs: the input embeddings `[B, Q, d]` of every pass, kept only for memories that re-encode the history.
+        evicted: positions whose keys and values were dropped, one count a row.
+        woven: positions that went through a second model of the memory source, one count a row.
+        kept: what a memory source keeps between its memories of these sequences.
     """
 
     cache: DynamicCache
@@ -61,6 +64,9 @@ class DecodeState:
     encoded: list[int]
     ragged: bool
     inputs: list[Tensor] | None = None
+    evicted: list[int] = field(default_factory=list)
+    woven: list[int] = field(default_factory=list)
+    kept: dict[str, Any] = field(default_factory=dict)
 
     @property
     def batch_size(self) -> int:
@@ -317,6 +323,78 @@ class Backbone:
         hidden = self.extend(state, memory.to(self.dtype), real=real, latents=marks)
         self._settle(state, hidden, rows)
 
+    def gather(self, prompts: list[list[int]]) -> DecodeState:
+        """The state of prompts of which only the embeddings are there; nothing is encoded until `reencode`."""
+        ids, real = self._left_pad(prompts, max(len(p) for p in prompts))
+        state = self.empty_state(len(prompts), ragged=bool((~real).any()), keep_inputs=True)
+        self._advance(state, self.embed(ids), real, None)
+        state.encoded = [0] * len(prompts)
+        state.inputs = [self.embed(ids)]
+        return state
+
+    def reencode(
+        self, state: DecodeState, embeds: Tensor, rows: Tensor | None = None, *, latents: bool = False
+    ) -> None:
+        """Drop the cache and encode the whole sequence again with new positions behind it.
+
+        MemGen's released code does this for every memory, and for every token after the last one.
+
+        Args:
+            state: with its input embeddings; moved on in place.
+            embeds: `[B, Q, d]` input embeddings of the new positions.
+            rows: `[B]` True where a row takes them; None is all. The others get holes.
+            latents: whether the new positions hold latents.
+        """
+        assert state.inputs is not None
+        shape = embeds.shape[:2]
+        taken = torch.ones(shape, dtype=torch.bool, device=self.device) if rows is None else rows[:, None].expand(shape)
+        real = torch.cat([state.positions >= 0, taken], 1)
+        marks = torch.cat([state.latents, taken & latents], 1)
+        fresh = self.empty_state(state.batch_size, ragged=state.ragged, keep_inputs=True)
+        everything = torch.cat([*state.inputs, embeds.to(self.dtype)], 1)
+        hidden = self.extend(fresh, everything, real=None if bool(real.all()) else real, latents=marks)
+        state.encoded = [old + new for old, new in zip(state.encoded, fresh.encoded, strict=True)]
+        for name in ("cache", "positions", "latents", "next_position", "ragged", "inputs"):
+            setattr(state, name, getattr(fresh, name))
+        # The newest position of a row with holes is not the last slot.
+        newest = state.positions.argmax(1)
+        self._settle(state, hidden[torch.arange(len(newest), device=self.device), newest][:, None], None)
+
+    def keep(self, state: DecodeState, kept: list[Tensor]) -> None:
+        """Drop all keys and values but some, other ones in each layer and KV head.
+
+        Which position a slot holds is then no longer one number. Without padding and windows nothing asks for it: a
+        later query sees every slot.
+
+        Args:
+            state: one length, no padding.
+            kept: for each layer `[B, G, S]` slots in ascending order, S the same everywhere.
+        """
+        before, after = state.positions.shape[1], kept[0].shape[-1]
+        for entry, slots in zip(state.cache.layers, kept, strict=True):
+            index = slots.to(entry.keys.device)[..., None].expand(-1, -1, -1, entry.keys.shape[-1])
+            entry.keys, entry.values = entry.keys.gather(2, index), entry.values.gather(2, index)
+        state.positions, state.latents = state.positions[:, before - after :], state.latents[:, before - after :]
+        state.evicted = [n + before - after for n in state.evicted]
+
+    def repeat(self, state: DecodeState, times: int) -> None:
+        """Continue every row in several ways: rows 0..n-1 come from row 0, and so on. The prompt counts once a row."""
+        state.cache.batch_repeat_interleave(times)
+        for name in ("positions", "latents", "next_position", "logits", "hidden", "entropy"):
+            setattr(state, name, getattr(state, name).repeat_interleave(times, 0))
+        state.encoded = [n if copy == 0 else 0 for n in state.encoded for copy in range(times)]
+        state.evicted = [n for n in state.evicted for _ in range(times)]
+        state.woven = [n if copy == 0 else 0 for n in state.woven for copy in range(times)]
+
+    def crop(self, state: DecodeState, slots: int) -> None:
+        """Forget the newest slots of every row."""
+        kept = state.positions.shape[1] - slots
+        # Not `DynamicCache.crop`: its argument changed its meaning between the versions that we support.
+        for entry in state.cache.layers:
+            entry.keys, entry.values = entry.keys[..., :kept, :], entry.values[..., :kept, :]
+        state.positions, state.latents = state.positions[:, :kept], state.latents[:, :kept]
+        state.next_position = state.positions.amax(1) + 1
+
     def extend(
         self, state: DecodeState, embeds: Tensor, *, real: Tensor | None = None, latents: Tensor | None = None
     ) -> Tensor:
@@ -379,6 +457,8 @@ class Backbone:
             encoded=[0] * batch,
             ragged=ragged,
             inputs=[] if keep_inputs else None,
+            evicted=[0] * batch,
+            woven=[0] * batch,
         )
 
     def _advance(self, state: DecodeState, embeds: Tensor, real: Tensor | None, latents: Tensor | None) -> Tensor:

@@ -47,10 +47,10 @@ class SeparateEncoderMemory(MemorySource):
             raise ConfigError(
                 f"memory.encoder_layers is {layers}; {backbone.name} allows {config.depth} to {backbone.num_layers}."
             )
-        encoder = _copy_layers(backbone, layers)
+        encoder = copy_layers(backbone, layers)
         # The blocks are copied before the adapters go in: they are plain layers, as in the shared-KV source.
         self.consolidator = Consolidator(config, encoder).to(backbone.device, backbone.dtype)
-        self.adapters = nn.ModuleList(_adapt(encoder, config.encoder_rank))
+        self.adapters = nn.ModuleList(adapt(encoder, config.encoder_rank))
         # In a tuple, so that the frozen weights are no parameters of this module.
         self.encoder = (encoder,)
 
@@ -68,13 +68,15 @@ class SeparateEncoderMemory(MemorySource):
         real = state.positions >= 0
         fresh = encoder.empty_state(history.shape[0], ragged=state.ragged, keep_inputs=False)
         hidden = encoder.extend(fresh, history, real=real if state.ragged else None)
+        state.woven = [old + new for old, new in zip(state.woven, fresh.encoded, strict=True)]
         # The newest real slot of each row; with holes it need not be the last one.
         newest = state.positions.argmax(1)
         fresh.hidden = hidden[torch.arange(hidden.shape[0], device=hidden.device), newest]
         return fresh
 
 
-def _copy_layers(backbone: Backbone, layers: int) -> Backbone:
+def copy_layers(backbone: Backbone, layers: int) -> Backbone:
+    """A backbone of its own with the first layers of another."""
     model = copy.deepcopy(backbone.model)
     del model.model.layers[layers:]
     model.config.num_hidden_layers = layers
@@ -83,7 +85,8 @@ def _copy_layers(backbone: Backbone, layers: int) -> Backbone:
     return Backbone(backbone.name, model, backbone.tokenizer)
 
 
-def _adapt(encoder: Backbone, rank: int) -> list[LoRALinear]:
+def adapt(encoder: Backbone, rank: int) -> list[LoRALinear]:
+    """Put LoRA on every query and value projection (the fused one where there is no other); returns what was put in."""
     adapters = []
     for layer in encoder.decoder.layers:
         for name in ("q_proj", "v_proj", "qkv_proj"):

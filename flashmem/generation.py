@@ -16,8 +16,10 @@ What this loop does not do: beams, assisted decoding, continuous batching.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -34,7 +36,7 @@ from transformers.generation.logits_process import (
 from flashmem.backbone import Backbone, DecodeState
 from flashmem.errors import ConfigError, PromptTooLongError
 from flashmem.memory import MemoryContext, MemorySource, SampleContext
-from flashmem.trigger import ENTROPY_KINDS, Gate, RowStep, TriggerConfig, build_gate
+from flashmem.trigger import ENTROPY_KINDS, PROMPT_END_KINDS, Gate, RowStep, TriggerConfig, build_gate
 
 if TYPE_CHECKING:
     from flashmem.trace import TraceRecorder
@@ -92,12 +94,17 @@ class Generation:
         token_ids: text tokens with the EOS, never latents.
         text: decoded, special tokens left out, cut before the first stop string.
         finish_reason: "eos", "stop" (a stop string) or "length".
-        positions_encoded: positions through the backbone: prompt + fed outputs + latents.
+        positions_encoded: positions through the backbone: prompt + fed outputs + latents; more where the cache was
+            dropped.
+        positions_woven: positions through a second model of the memory source.
+        positions_evicted: positions of the prompt whose keys and values were dropped.
         triggers: the injections, in order.
         entropies: attention entropy at each decision step (prompt end, then after each token but the last), nats;
             empty for plain decoding without a trace.
         output_entropies: the same of the next-token distribution, where it was watched.
         above_threshold: decision steps at which the policy said yes, whatever cooldown and cap said; None without one.
+        candidates: texts of all answers that were drawn, where this one won a vote; else empty.
+        drawn_tokens: text tokens of all of them; None where there was no vote.
         memories: the `[K, d]` written, only if they were asked for.
     """
 
@@ -106,10 +113,14 @@ class Generation:
     text: str = ""
     finish_reason: Literal["eos", "stop", "length"] = "length"
     positions_encoded: int = 0
+    positions_woven: int = 0
+    positions_evicted: int = 0
     triggers: list[Trigger] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
     output_entropies: list[float] = field(default_factory=list)
     above_threshold: int | None = None
+    candidates: list[str] = field(default_factory=list)
+    drawn_tokens: int | None = None
     memories: list[Tensor] = field(default_factory=list)
 
     @property
@@ -139,6 +150,7 @@ def generate(
     keep_memories: bool = False,
     trace: bool = False,
     recorder: TraceRecorder | None = None,
+    prefill: Callable[[list[list[int]]], DecodeState] | None = None,
 ) -> list[Generation]:
     """Generate from a frozen backbone, with memory where the trigger says so.
 
@@ -156,6 +168,7 @@ def generate(
         seed: for sampling; row i draws from a stream of its own.
         keep_memories: keep what was written in `Generation.memories`.
         trace: record both entropies at every step even where the trigger does not need them.
+        prefill: encodes the prompts in the place of `Backbone.prefill` and returns a state with a row for each.
         recorder: keeps what every memory attended to, says and changes (see `flashmem.trace`); implies `trace`.
 
     Returns:
@@ -174,6 +187,7 @@ def generate(
     loop = _Loop(backbone, prompts, generation_config, memory, config, samples, clock or NullClock(), seed, trace)
     loop.literal = sampling_logits == "pre"
     loop.streamer, loop.keep_memories, loop.recorder = streamer, keep_memories, recorder
+    loop.prefill = prefill or loop.prefill
     if recorder is None:
         return loop.run()
     with recorder.watching(backbone, prompts, memory, config, sampling_logits):
@@ -211,6 +225,8 @@ class _Loop:
         self.streams = _streams(len(prompts), seed, backbone.device) if self.plan.do_sample else None
         self.literal, self.keep_memories, self.streamer = False, False, None
         self.recorder: TraceRecorder | None = None
+        keep = memory is not None and memory.needs_history
+        self.prefill: Callable[[list[list[int]]], DecodeState] = partial(backbone.prefill, keep_inputs=keep)
 
     def run(self) -> list[Generation]:
         self.backbone.observe(self.watch_attention, clock=self.clock)
@@ -219,17 +235,33 @@ class _Loop:
             self.streamer.put(torch.tensor(self.prompts))
         try:
             with self.clock.phase("prefill"):
-                keep = self.memory is not None and self.memory.needs_history
-                state = self.backbone.prefill(self.prompts, keep_inputs=keep)
+                state = self._open()
             for index in range(self.plan.max_new_tokens):
                 tokens = self._decide_and_sample(state)
                 if not self._accept(tokens, state) or index + 1 == self.plan.max_new_tokens:
                     break
                 with self.clock.phase("step"):
-                    self.backbone.step(state, torch.tensor(tokens, device=self.backbone.device))
+                    self._feed(state, torch.tensor(tokens, device=self.backbone.device))
         finally:
             self.backbone.observe(False)
         return self._finish()
+
+    def _open(self) -> DecodeState:
+        """Encode the prompts. A source that drops the cache at the prompt end anyway gets them as they are."""
+        drops = self.memory is not None and self.memory.drops_cache
+        if drops and self.trigger.kind in PROMPT_END_KINDS and self.trigger.max_injections != 0:
+            return self.backbone.gather(self.prompts)
+        return self.prefill(self.prompts)
+
+    def _feed(self, state: DecodeState, tokens: Tensor) -> None:
+        """One token a row through the backbone: one step, or everything again where the tail has no cache."""
+        cap = self.trigger.max_injections
+        if self.memory is None or self.memory.tail_cache or cap is None:
+            self.backbone.step(state, tokens)
+        elif all(gate.injections >= cap for gate, on in zip(self.gates, self.running, strict=True) if on):
+            self.backbone.reencode(state, self.backbone.embed(tokens[:, None]))
+        else:
+            self.backbone.step(state, tokens)
 
     def _decide_and_sample(self, state: DecodeState) -> list[int]:
         """One decision and one token a row; a second host copy is made only when an injection changed the logits."""
@@ -297,7 +329,10 @@ class _Loop:
             self.recorder.wrote(state, latents, chosen)
         with self.clock.phase("inject"):
             rows = None if all(chosen) else torch.tensor(chosen, device=self.backbone.device)
-            self.backbone.inject(state, latents, rows)
+            if self.memory.drops_cache:
+                self.backbone.reencode(state, latents, rows, latents=True)
+            else:
+                self.backbone.inject(state, latents, rows)
 
     def _sample(self, logits: Tensor) -> Tensor:
         """`[B, V]` to `[B]` token ids."""
@@ -327,7 +362,8 @@ class _Loop:
             result = self.results[row]
             result.token_ids.append(token)
             # A row that waits for others is fed padding later on: its count is taken while it runs.
-            result.positions_encoded = state.encoded[row]
+            result.positions_encoded, result.positions_woven = state.encoded[row], state.woven[row]
+            result.positions_evicted = state.evicted[row]
             if self.trigger.kind == "delimiter":
                 self.tails[row] = self.backbone.tokenizer.decode([token])
             if token in self.plan.eos:

@@ -28,12 +28,13 @@ from flashmem.errors import CheckpointError, ConfigError
 
 FORMAT_VERSION = 1
 _CHOICES = {
-    "source": ("consolidator", "separate-encoder", "constant"),
+    "source": ("consolidator", "separate-encoder", "constant", "weaver", "lora"),
     "kv_layer": ("paired", "last"),
     "latent_attention": ("none", "earlier"),
     "feedback": ("raw", "normed", "embedding"),
     "output_map": ("linear", "gate", "identity"),
     "init": ("inherited", "random"),
+    "reparam": ("none", "mlp"),
 }
 
 
@@ -42,9 +43,10 @@ class MemoryConfig:
     """The shape of a memory source. Defaults are the paper's where it says, ours where it does not.
 
     Attributes:
-        source: "consolidator" (shared KV), "separate-encoder" (re-encodes the history) or "constant" (learned).
+        source: "consolidator" (shared KV), "separate-encoder" (re-encodes the history), "weaver" (MemGen's),
+            "constant" (learned) or "lora" (no memory: a change of the backbone).
         length: latents per memory, K.
-        depth: consolidator blocks, L.
+        depth: consolidator blocks, L; None is one for every layer of the backbone.
         kv_layer: block i reads the cache of the layer that it was copied from ("paired"), or all read the last.
         latent_attention: "none" (Eq. 5: only the backbone's K,V) or "earlier" (latents also see earlier latents).
         feedback: what the next step starts from: the block's output, the same after the copied final norm, or the
@@ -53,14 +55,18 @@ class MemoryConfig:
             a gated term that starts at zero) all end at the mean norm of the token embeddings.
         stream_scale: size of the stream that the blocks were copied from, in units of the states that they now get;
             None = measured on the backbone by `new_memory`, 1 = the states as they are.
-        init: "inherited" copies the backbone's last layers; "random" is the ablation.
+        init: "inherited" copies the backbone's last layers; "random" is the ablation. Of a weaver the linear maps start
+            as the identity, or at random as in the released code.
         encoder_layers: layers of the separate encoder; None is all.
-        encoder_rank: rank of its LoRA.
+        encoder_rank: rank of the LoRA of a separate encoder or a weaver, or of "lora", where None is as many
+            parameters as a consolidator of these settings has; alpha is twice as much.
+        reparam: a constant as it is ("none"), or behind a two-layer network with as many parameters as a consolidator
+            ("mlp").
     """
 
-    source: Literal["consolidator", "separate-encoder", "constant"] = "consolidator"
+    source: Literal["consolidator", "separate-encoder", "constant", "weaver", "lora"] = "consolidator"
     length: int = 8
-    depth: int = 1
+    depth: int | None = 1
     kv_layer: Literal["paired", "last"] = "paired"
     latent_attention: Literal["none", "earlier"] = "none"
     feedback: Literal["raw", "normed", "embedding"] = "normed"
@@ -68,12 +74,18 @@ class MemoryConfig:
     stream_scale: float | None = None
     init: Literal["inherited", "random"] = "inherited"
     encoder_layers: int | None = None
-    encoder_rank: int = 8
+    encoder_rank: int | None = 8
+    reparam: Literal["none", "mlp"] = "none"
 
     def __post_init__(self) -> None:
-        for name in ("length", "depth", "encoder_rank"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"memory.{name} is {getattr(self, name)}; it must be 1 or more.")
+        if self.length < 1:
+            raise ConfigError(f"memory.length is {self.length}; it must be 1 or more.")
+        if self.depth is not None and self.depth < 1:
+            raise ConfigError(f"memory.depth is {self.depth}; it must be 1 or more.")
+        if (self.encoder_rank is None and self.source != "lora") or (
+            self.encoder_rank is not None and self.encoder_rank < 1
+        ):
+            raise ConfigError(f"memory.encoder_rank is {self.encoder_rank}; it must be 1 or more.")
         if self.stream_scale is not None and self.stream_scale <= 0:
             raise ConfigError(f"memory.stream_scale is {self.stream_scale}; it must be above 0, or None.")
         for name, allowed in _CHOICES.items():
@@ -113,9 +125,13 @@ class MemorySource(nn.Module):
         config: the settings.
         metadata: what came with the checkpoint; empty for a new source.
         needs_history: the source re-encodes the input embeddings of the whole history.
+        drops_cache: the backbone's cache is dropped at each memory and the whole sequence encoded again.
+        tail_cache: after the last memory that the cap allows, tokens are decoded with a cache.
     """
 
     needs_history = False
+    drops_cache = False
+    tail_cache = True
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
@@ -159,17 +175,30 @@ class MemorySource(nn.Module):
 
 
 class ConstantMemory(MemorySource):
-    """K trained embeddings, the same for every context: what a memory is worth without any content."""
+    """K trained embeddings, the same for every context: what a memory is worth without any content.
+
+    At the prompt end this is prompt tuning (Lester et al., 2021) in FlashMem's slots. With `reparam="mlp"` they are the
+    outputs of a residual network over K trained vectors, wide enough for as many parameters as a consolidator has.
+    """
 
     def __init__(self, config: MemoryConfig, backbone: Backbone) -> None:
         super().__init__(config)
-        noise = torch.randn(config.length, backbone.hidden_size)
+        noise, width = torch.randn(config.length, backbone.hidden_size), backbone.hidden_size
         scale = backbone.embedding_norm()
         self.latents = nn.Parameter((noise / noise.norm(dim=-1, keepdim=True) * scale).to(backbone.device))
+        self.network: nn.Sequential | None = None
+        if config.reparam == "mlp":
+            from flashmem.lora import consolidator_parameters
+
+            inner = max(1, round(consolidator_parameters(config, backbone) / (2 * width)))
+            self.network = nn.Sequential(nn.Linear(width, inner), nn.Tanh(), nn.Linear(inner, width))
+            nn.init.zeros_(self.network[-1].weight)
+            self.network.to(backbone.device)
 
     def forward(self, context: MemoryContext) -> Tensor:
         """See `MemorySource.forward`."""
-        return self.latents.to(context.backbone.dtype).expand(context.state.batch_size, -1, -1)
+        latents = self.latents if self.network is None else self.latents + self.network(self.latents)
+        return latents.to(context.backbone.dtype).expand(context.state.batch_size, -1, -1)
 
 
 def new_memory(config: MemoryConfig, backbone: Backbone) -> MemorySource:
@@ -180,8 +209,17 @@ def new_memory(config: MemoryConfig, backbone: Backbone) -> MemorySource:
     """
     from flashmem.consolidator import SharedKVMemory
     from flashmem.encoder import SeparateEncoderMemory
+    from flashmem.lora import LoRA
+    from flashmem.weaver import WeaverMemory
 
-    kinds = {"consolidator": SharedKVMemory, "separate-encoder": SeparateEncoderMemory, "constant": ConstantMemory}
+    kinds = {
+        "consolidator": SharedKVMemory,
+        "separate-encoder": SeparateEncoderMemory,
+        "constant": ConstantMemory,
+        "weaver": WeaverMemory,
+        "lora": LoRA,
+    }
+    config = replace(config, depth=config.depth or backbone.num_layers)
     if config.depth > backbone.num_layers:
         raise ConfigError(f"memory.depth is {config.depth} and {backbone.name} has only {backbone.num_layers} layers.")
     if config.stream_scale is None:

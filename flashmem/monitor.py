@@ -16,6 +16,7 @@ that contains "sdpa". Nothing here decides when to trigger: that is `flashmem.tr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ from flashmem.errors import ConfigError
 
 ATTENTION_NAME = "monitored_attention"
 _TAP = "flashmem_tap"
+_WATCHER = "flashmem_watcher"
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,8 @@ def monitored_attention(
     tap: AttentionTap | None = getattr(module, _TAP, None)
     rows = min(tap.rows, query.shape[2]) if tap is not None else 0
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if watcher := getattr(module, _WATCHER, None):
+        watcher(query, key, scale)
     if tap is not None and tap.kept is not None:
         # Scored once more, so that the output is computed exactly as it is when nobody reads along.
         mask = _last_rows(attention_mask, query, key, 1)
@@ -218,6 +222,14 @@ def attach(attention: nn.Module) -> AttentionTap:
     tap = AttentionTap()
     setattr(attention, _TAP, tap)
     return tap
+
+
+def watch(attention: nn.Module, watcher: Callable[[Tensor, Tensor, float], None] | None) -> None:
+    """Have every pass of an attention module tell its queries, keys (both rotated) and scaling; None ends that."""
+    if watcher is not None:
+        setattr(attention, _WATCHER, watcher)
+    elif hasattr(attention, _WATCHER):
+        delattr(attention, _WATCHER)
 
 
 def detach(attention: nn.Module) -> None:

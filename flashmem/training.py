@@ -29,11 +29,12 @@ from torch import Tensor
 
 from flashmem.backbone import Backbone
 from flashmem.errors import ConfigError
+from flashmem.lora import LoRA
 from flashmem.memory import MemorySource
 from flashmem.placement import Processes
 from flashmem.training_curves import TrainStep, write_curves
-from flashmem.training_data import INSERTIONS, Example, Lessons, Placed, examples_hash, place, split
-from flashmem.training_loss import sequence_loss, target_entropies
+from flashmem.training_data import INSERTIONS, Example, Lessons, Placed, examples_hash, in_pieces, place, split
+from flashmem.training_loss import adapted_loss, chained_loss, sequence_loss, target_entropies
 from flashmem.training_state import EarlyStopping, TrainState
 
 __all__ = ["Example", "TrainConfig", "TrainReport", "TrainStep", "sequence_loss", "target_entropies", "train_memory"]
@@ -80,7 +81,7 @@ class TrainConfig:
     max_steps: int | None = None
     max_minutes: float | None = None
     warmup: float = 0.1
-    insertion: Literal["prompt-end", "mixed", "firing"] = "prompt-end"
+    insertion: Literal["prompt-end", "mixed", "firing", "delimiters"] = "prompt-end"
     seed: int = 0
     micro_batch_size: int | None = None
     activation_checkpointing: bool = False
@@ -102,6 +103,8 @@ class TrainConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more, or None.")
         if list(self.lessons) != sorted(set(self.lessons)) or any(not 0 < start < 1 for start in self.lessons):
             raise ConfigError(f"lessons are {self.lessons}; they must rise and lie between 0 and 1.")
+        if self.insertion == "delimiters" and (self.keep or self.horizon or self.activation_checkpointing):
+            raise ConfigError("keep, horizon and activation_checkpointing need one memory an answer, not delimiters.")
         if self.patience is not None and self.validate_every is None:
             raise ConfigError("Early stopping (patience) needs validate_every: steps between two measurements.")
 
@@ -195,6 +198,8 @@ class _Trainer:
         processes: Processes,
     ) -> None:
         self.backbone, self.memory, self.examples, self.config = backbone, memory, examples, config
+        if isinstance(memory, LoRA) and config != replace(config, insertion="prompt-end", horizon=None, keep=0.0):
+            raise ConfigError("LoRA has no memories: leave insertion, horizon and keep out.")
         self.processes = processes
         parameters = memory.trained()
         optimiser = torch.optim.AdamW(list(parameters.values()), lr=config.lr, weight_decay=config.weight_decay)
@@ -249,7 +254,7 @@ class _Trainer:
         for group in self.state.optimiser.param_groups:
             group["lr"] = rate
         self.state.optimiser.zero_grad(set_to_none=True)
-        loss, tokens = self._backward(place(batch, self.config.insertion, f"{self.config.seed}|insert|{step}"))
+        loss, tokens = self._backward(self._placed(batch, f"insert|{step}"))
         norm = torch.nn.utils.clip_grad_norm_(list(self.state.parameters.values()), self.config.clip)
         self.state.optimiser.step()
         before = self.state.curve[-1].target_tokens if self.state.curve else 0
@@ -262,18 +267,28 @@ class _Trainer:
 
     def _backward(self, rows: Sequence[Placed]) -> tuple[float, int]:
         """Leave the gradient of a whole step in the parameters; returns its mean loss and its target tokens."""
-        parts = [self._split(part) for part in self._parts(rows, len(rows))]
-        mine = sum(len(target) for _, targets in parts for target in targets)
+        parts = [self._cut(part) for part in self._parts(rows, len(rows))]
+        mine = sum(len(piece) for _, answers in parts for pieces in answers for piece in pieces)
         tokens = round(float(self.processes.sum(torch.tensor([float(mine)]))[0]))
         total = torch.zeros(1, device=self.backbone.device)
-        for prefixes, targets in parts:
-            loss = self._loss(prefixes, targets)[0] / tokens
+        for prefixes, answers in parts:
+            loss = self._loss(prefixes, answers)[0] / tokens
             loss.backward()
             total += loss.detach()
         return self._sum_gradients(total), tokens
 
-    def _split(self, rows: Sequence[Placed]) -> tuple[list[list[int]], list[list[int]]]:
-        return split(self.backbone, rows, self.config.horizon)
+    def _placed(self, examples: Sequence[Example], key: str) -> list[Placed]:
+        if self.config.insertion == "delimiters":
+            return [Placed(example, 0) for example in examples]
+        return place(examples, self.config.insertion, f"{self.config.seed}|{key}")
+
+    def _cut(self, rows: Sequence[Placed]) -> tuple[list[list[int]], list[list[list[int]]]]:
+        """What lies before the first memory of each row, and the pieces of the answer, each with a memory before it."""
+        if self.config.insertion == "delimiters":
+            answers = [in_pieces(self.backbone, row.example.target_ids) for row in rows]
+            return [row.example.prompt_ids for row in rows], answers
+        prefixes, targets = split(self.backbone, rows, self.config.horizon)
+        return prefixes, [[target] for target in targets]
 
     def _parts(self, rows: Sequence[Placed], most: int) -> list[list[Placed]]:
         """This process's micro batches. Neighbours are of similar length, so every n-th row makes equal shares."""
@@ -281,10 +296,15 @@ class _Trainer:
         size = self.config.micro_batch_size or most
         return [share[start : start + size] for start in range(0, len(share), size)]
 
-    def _loss(self, prefixes: list[list[int]], targets: list[list[int]]) -> tuple[Tensor, int]:
+    def _loss(self, prefixes: list[list[int]], answers: list[list[list[int]]]) -> tuple[Tensor, int]:
         mixed = self.backbone.dtype != torch.float32
         recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
         with torch.autocast(self.backbone.device.type, self.backbone.dtype, enabled=mixed):
+            if isinstance(self.memory, LoRA):
+                return adapted_loss(self.backbone, self.memory, prefixes, [pieces[0] for pieces in answers])
+            if self.config.insertion == "delimiters":
+                return chained_loss(self.backbone, self.memory, prefixes, answers)
+            targets = [pieces[0] for pieces in answers]
             return sequence_loss(
                 self.backbone, self.memory, prefixes, targets, recompute=recompute, keep=self.config.keep
             )
@@ -304,11 +324,11 @@ class _Trainer:
     def _validate(self) -> None:
         """Measure the validation loss, note it in the curve and in the early stopping."""
         self.memory.eval()
-        rows = place(self.validation, self.config.insertion, f"{self.config.seed}|validation")
+        rows = self._placed(self.validation, "validation")
         counted = torch.zeros(2, dtype=torch.float32)
         with torch.no_grad():
             for part in self._parts(rows, self.config.batch_size):
-                loss, tokens = self._loss(*self._split(part))
+                loss, tokens = self._loss(*self._cut(part))
                 counted += torch.tensor([float(loss), float(tokens)])
         self.memory.train()
         loss, tokens = self.processes.sum(counted).tolist()

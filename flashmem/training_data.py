@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from flashmem.backbone import Backbone
 from flashmem.errors import ConfigError
 from flashmem.training_loss import step_entropies
+from flashmem.trigger import DELIMITERS
 
 _WINDOW = 16
 # Of every eight memories, how many go to the prompt end, anywhere, and where attention or next-token entropy is high.
 _SHARES = {"prompt-end": (8, 0, 0, 0), "mixed": (4, 2, 1, 1), "firing": (1, 1, 1, 5)}
-INSERTIONS = tuple(_SHARES)
+INSERTIONS = (*_SHARES, "delimiters")
+# Memories inside an answer at most, as in MemGen's released configuration.
+_MOST_IN_ANSWER = 5
 # Share of the steps above the default threshold, the 85th percentile.
 _FIRING_SHARE = 0.15
 
@@ -128,6 +131,16 @@ def _placed(example: Example, shares: Sequence[int], chance: random.Random) -> P
     if where == "end" or length < 2:
         return Placed(example, 0)
     return Placed(example, int(draw * length)) if where == "any" else Placed(example, None, where, draw)
+
+
+def in_pieces(backbone: Backbone, target_ids: list[int]) -> list[list[int]]:
+    """An answer cut behind its first delimiters: where MemGen puts its memories."""
+    cuts = [i + 1 for i, token in enumerate(target_ids[:-1]) if _delimits(backbone, token)][:_MOST_IN_ANSWER]
+    return [target_ids[start:end] for start, end in zip([0, *cuts], [*cuts, len(target_ids)], strict=True)]
+
+
+def _delimits(backbone: Backbone, token: int) -> bool:
+    return backbone.tokenizer.decode([token]).endswith(DELIMITERS)
 
 
 def split(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flashmem.backbone import Backbone, DecodeState
+from flashmem.lora import LoRA
 from flashmem.memory import MemoryContext, MemorySource
 from flashmem.training_recompute import prefix_of, recomputing
 
@@ -58,6 +59,60 @@ def sequence_loss(
     )
     if plain is not None:
         loss = loss + keep * _moved(plain, logits, plain.argmax(-1) == labels)
+    return loss, int((labels != _IGNORE).sum())
+
+
+def chained_loss(
+    backbone: Backbone, memory: MemorySource, prompts: list[list[int]], pieces: list[list[list[int]]]
+) -> tuple[Tensor, int]:
+    """Cross-entropy of answers with a memory before each of their pieces, summed over tokens, and their number.
+
+    Gradients of a later piece reach the earlier memories too: all of them lie in one cache. This is MemGen's training.
+
+    Args:
+        backbone: frozen.
+        memory: writes each memory from the state before its piece.
+        prompts: token ids.
+        pieces: of each row the token ids of its answer in parts, one or more, none empty.
+    """
+    with torch.no_grad():
+        state = backbone.prefill(prompts, keep_inputs=memory.needs_history)
+    total, tokens = torch.zeros((), device=backbone.device), 0
+    for index in range(max(len(row) for row in pieces)):
+        latents = memory(MemoryContext(backbone, state, [index] * len(prompts)))
+        ids, labels = _right_pad([row[index] if index < len(row) else [] for row in pieces], backbone)
+        here = torch.tensor([index < len(row) for row in pieces], device=backbone.device)
+        taken = here[:, None].expand(latents.shape[:2])
+        real = torch.cat([taken, labels != _IGNORE], 1)
+        marks = torch.cat([taken, torch.zeros_like(labels, dtype=torch.bool)], 1)
+        embeds = torch.cat([latents.to(backbone.dtype), backbone.embed(ids)], 1)
+        hidden = backbone.extend(state, embeds, real=real, latents=marks)
+        logits = backbone.logits(hidden[:, latents.shape[1] - 1 : -1])
+        total = total + torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=_IGNORE, reduction="sum"
+        )
+        tokens += int((labels != _IGNORE).sum())
+        newest = (real.long() * torch.arange(real.shape[1], device=backbone.device)).argmax(1)
+        state.hidden = torch.where(here[:, None], hidden[torch.arange(len(prompts)), newest], state.hidden)
+    return total, tokens
+
+
+def adapted_loss(
+    backbone: Backbone, adapters: LoRA, prompts: list[list[int]], targets: list[list[int]]
+) -> tuple[Tensor, int]:
+    """Cross-entropy of the targets after the prompts under LoRA, summed over tokens, and their number.
+
+    One pass over both, with gradients through the prompts too: their keys and values change as well.
+    """
+    with adapters.applied(backbone):
+        state = backbone.prefill(prompts)
+        ids, labels = _right_pad(targets, backbone)
+        hidden = backbone.extend(state, backbone.embed(ids[:, :-1])) if ids.shape[1] > 1 else None
+    first = state.logits[:, None]
+    logits = first if hidden is None else torch.cat([first, backbone.logits(hidden)], 1)
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=_IGNORE, reduction="sum"
+    )
     return loss, int((labels != _IGNORE).sum())
 
 

@@ -31,6 +31,8 @@ TriggerKind = Literal[
 ]
 KINDS: tuple[str, ...] = TriggerKind.__args__  # type: ignore[attr-defined]
 ENTROPY_KINDS = ("attention-entropy", "output-entropy")
+# These write at prompt end whatever the backbone computed there.
+PROMPT_END_KINDS = ("always", "every", "delimiter", "prompt-end")
 DELIMITERS = (",", ".", "\n")
 
 

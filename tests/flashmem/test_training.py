@@ -27,8 +27,8 @@ from flashmem import (
 )
 from flashmem.memory import MemoryContext
 from flashmem.training import sequence_loss
-from flashmem.training_data import Lessons, Placed, high_place, place, split
-from flashmem.training_loss import step_entropies
+from flashmem.training_data import Lessons, Placed, high_place, in_pieces, place, split
+from flashmem.training_loss import chained_loss, step_entropies
 from tests.flashmem.conftest import make_backbone, prompts_of
 
 FAST = TrainConfig(lr=3e-3, batch_size=8, max_steps=25, clip=1.0)
@@ -455,3 +455,41 @@ def test_output_entropy_threshold(backbone) -> None:
     assert found.value >= float(first) - 1e-5
     with pytest.raises(ConfigError, match="empty"):
         calibrate(backbone, [], generation_config=config)
+
+
+def test_a_chain_of_memories_is_the_loss_of_each_piece_in_turn(backbone) -> None:
+    """One row at a time, one piece after the other, everything encoded by hand."""
+    torch.manual_seed(0)
+    memory = new_memory(MemoryConfig(source="weaver", length=3, encoder_rank=2), backbone).eval()
+    prompts, pieces = prompts_of(9, 6), [[[20, 21, 3], [22, 2]], [[23, 24, 25, 26, 2]]]
+    loss, tokens = chained_loss(backbone, memory, prompts, pieces)
+    assert tokens == 10
+    expected = 0.0
+    for prompt, row in zip(prompts, pieces, strict=True):
+        state = backbone.prefill([prompt], keep_inputs=True)
+        for index, piece in enumerate(row):
+            backbone.inject(state, memory(MemoryContext(backbone, state, [index])))
+            for token in piece:
+                expected -= float(state.logits.log_softmax(-1)[0, token].detach())
+                backbone.step(state, torch.tensor([token]))
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
+    loss.backward()
+    silent = [name for name, parameter in memory.trained().items() if parameter.grad is None]
+    assert not silent, "both banks and every map learn"
+
+
+def test_answers_are_cut_behind_their_first_delimiters(backbone) -> None:
+    assert in_pieces(backbone, [20, 3, 21, 22, 3, 2]) == [[20, 3], [21, 22, 3], [2]]
+    assert in_pieces(backbone, [20, 21, 3]) == [[20, 21, 3]]
+    assert len(in_pieces(backbone, [3] * 20)) == 6
+
+
+def test_delimiters_train_every_place_and_refuse_what_needs_one_memory(backbone) -> None:
+    torch.manual_seed(0)
+    memory = new_memory(MemoryConfig(source="weaver", length=2, encoder_rank=2), backbone)
+    examples = [Example(prompts_of(6)[0], [30, 3, 31, 3, 2])] * 8
+    config = TrainConfig(lr=1e-2, batch_size=8, max_steps=30, clip=1.0, insertion="delimiters")
+    report = train_memory(backbone, memory, examples, config)
+    assert report.losses[-1] < 0.5 * report.losses[0]
+    with pytest.raises(ConfigError, match="one memory an answer"):
+        TrainConfig(insertion="delimiters", keep=1.0)

@@ -1,0 +1,103 @@
+"""MemGen's memory (Zhang et al., 2025), as its released code computes it: the heavy rival.
+
+A *weaver*, a copy of the backbone with LoRA on its query and value projections, reads the input embeddings of the whole
+sequence, earlier latents included, through a linear map. K learned queries stand behind them: one bank at the prompt
+end, another inside the answer. One causal pass gives the last hidden states at the queries, all K at once and not one
+after the other, and a linear map back makes them input embeddings of the reasoner.
+
+The reasoner then drops its cache and encodes everything again (`Backbone.reencode`); after the last memory the released
+code even decodes without a cache (`tail_cache=False`). `WeaverMemory.cached` keeps both caches instead: the weaver's is
+cropped by its K query slots after each pass and extended by what came since. Causality makes the latents the same, so
+what is left of the cost is the method's and not the program's.
+
+What the weaver encodes is counted in `DecodeState.woven`, apart from what the reasoner encodes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flashmem.backbone import Backbone, DecodeState
+from flashmem.encoder import adapt, copy_layers
+from flashmem.errors import ConfigError
+from flashmem.memory import MemoryConfig, MemoryContext, MemorySource
+
+_STATE = "weaver"
+
+
+class QueryBank(nn.Module):
+    """K learned vectors, normalised and scaled by one number."""
+
+    def __init__(self, length: int, width: int) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(length, width))
+        self.norm = nn.LayerNorm(width)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self) -> Tensor:
+        """`[K, d]`."""
+        return self.norm(self.queries) * self.scale
+
+
+class WeaverMemory(MemorySource):
+    """A LoRA copy of the backbone that turns K queries behind the sequence into K latents.
+
+    Attributes:
+        cached: keep the weaver's KV cache between the memories of a sequence. The latents are the same.
+    """
+
+    needs_history = True
+
+    def __init__(self, config: MemoryConfig, backbone: Backbone) -> None:
+        super().__init__(config)
+        width = backbone.hidden_size
+        weaver = copy_layers(backbone, backbone.num_layers)
+        self.adapters = nn.ModuleList(adapt(weaver, config.encoder_rank))
+        self.inward, self.outward = nn.Linear(width, width), nn.Linear(width, width)
+        if config.init == "inherited":
+            _identity(self.inward)
+            _identity(self.outward)
+        self.at_prompt_end, self.in_answer = QueryBank(config.length, width), QueryBank(config.length, width)
+        self.to(backbone.device, backbone.dtype)
+        # In a tuple, so that the frozen weights are no parameters of this module.
+        self.weaver = (weaver,)
+        self.cached = False
+
+    def forward(self, context: MemoryContext) -> Tensor:
+        """See `MemorySource.forward`. Encodes all T positions and K queries; cached, only those since the last time.
+
+        Raises:
+            ConfigError: the state has no input embeddings to read.
+        """
+        state = context.state
+        if state.inputs is None:
+            raise ConfigError("A weaver needs the history: prefill with keep_inputs=True.")
+        weaver, own = self.weaver[0], state.kept.get(_STATE) if self.cached else None
+        if own is None:
+            own = weaver.empty_state(state.batch_size, ragged=state.ragged)
+        before = list(own.encoded)
+        latents = self._pass(weaver, own, state, context.injections)
+        state.woven = [n + now - then for n, now, then in zip(state.woven, own.encoded, before, strict=True)]
+        if self.cached:
+            weaver.crop(own, self.config.length)
+            state.kept[_STATE] = own
+        return latents
+
+    def _pass(self, weaver: Backbone, own: DecodeState, state: DecodeState, injections: list[int]) -> Tensor:
+        """One causal pass over what the weaver has not seen yet and the queries behind it."""
+        seen, total = own.positions.shape[1], state.positions.shape[1]
+        assert state.inputs is not None
+        fresh = self.inward(torch.cat(state.inputs, 1)[:, seen:])
+        first = torch.tensor([n == 0 for n in injections], device=weaver.device)[:, None, None]
+        queries = torch.where(first, self.at_prompt_end(), self.in_answer())
+        real = None
+        if state.ragged:
+            real = nn.functional.pad(state.positions[:, seen:total] >= 0, (0, self.config.length), value=True)
+        hidden = weaver.extend(own, torch.cat([fresh, queries], 1), real=real)
+        return self.outward(hidden[:, -self.config.length :])
+
+
+def _identity(linear: nn.Linear) -> None:
+    nn.init.eye_(linear.weight)
+    nn.init.zeros_(linear.bias)
