@@ -27,6 +27,15 @@ from flashmem_bench.models import BUNDLED, model_key
 UNTRAINED = "untrained"
 JOINT = "joint"
 HARM_LIMIT = 0.02
+# What the memories of a trainable method may be made of.
+_SOURCES = {
+    "flashmem": ("consolidator", "constant"),
+    "flashmem-separate-encoder": ("separate-encoder",),
+    "flashmem-plus": ("consolidator",),
+    "memgen": ("weaver",),
+    "lora-sft": ("lora",),
+    "prompt-tuning": ("constant",),
+}
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,7 @@ def find_checkpoint(results: Path, model: str, suite: str, method: str, named: s
         results: The results folder.
         model: The backbone as `--model` names it.
         suite: Name of the suite.
-        method: Whose memory is wanted, `flashmem` or `flashmem-separate-encoder`.
+        method: Whose memory is wanted: a method that `train` fits.
         named: What `--checkpoint` or `memory.checkpoint` says; searched only when None.
 
     Raises:
@@ -169,10 +178,10 @@ def _scope(record: dict[str, Any], suite: str) -> str:
 
 
 def _check_source(record: dict[str, Any], method: str, named: str) -> None:
-    separate = record.get("memory", {}).get("source") == "separate-encoder"
-    if separate != (method == "flashmem-separate-encoder"):
+    found = record.get("memory", {}).get("source")
+    if found not in _SOURCES.get(method, _SOURCES["flashmem"]):
         raise UsageError(
-            f"the checkpoint {named} is a {record['memory'].get('source')} memory; this method needs one made by "
+            f"the checkpoint {named} is a {found} memory; this method needs one made by "
             f"`flashmem-bench train --method {method}`"
         )
 

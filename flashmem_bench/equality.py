@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from flashmem_bench.registry import get_method
+
 if TYPE_CHECKING:
     from flashmem_bench.store import CellStore, ResultStore
 
@@ -22,11 +24,14 @@ def why_equal(store: ResultStore, cell: CellStore, rows: Sequence[Mapping[str, A
     good = [row for row in rows if row.get("error") is None]
     if cell.get("method") == BASELINE or not good:
         return None
-    if not any(row["triggers"] for row in good):
+    triggers = any(row["triggers"] for row in good)
+    if not triggers and "trigger" in get_method(cell.get("method")).uses:
         return f"no memory was injected in {len(good)} samples: {_why_no_trigger(cell, good)}"
     baseline = _baseline(store, cell)
     if baseline is None or not _all_equal(cell, baseline, good):
         return None
+    if not triggers:
+        return _why_without_memory(good)
     injected = sum(row["triggers"] for row in good)
     if cell.get("settings", {}).get("sampling", {}).get("logits") == "pre":
         return (
@@ -34,6 +39,15 @@ def why_equal(store: ResultStore, cell: CellStore, rows: Sequence[Mapping[str, A
             "and no later token changed (on one-token answers none can)"
         )
     return f"{injected} memories were injected and none of them changed a token"
+
+
+def _why_without_memory(rows: Sequence[Mapping[str, Any]]) -> str:
+    if any(row.get("positions_evicted") for row in rows):
+        dropped = sum(row["positions_evicted"] > 0 for row in rows)
+        return f"positions were dropped from {dropped} of {len(rows)} prompts and no token changed"
+    if any(row.get("drawn_tokens") for row in rows):
+        return "the vote chose what greedy decoding gives, for every sample"
+    return "nothing that the method changes reached a token; a prompt within a budget is left as it is"
 
 
 def _why_no_trigger(cell: CellStore, rows: Sequence[Mapping[str, Any]]) -> str:

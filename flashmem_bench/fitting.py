@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from flashmem_bench.tasks import Sample, Suite
 
 TARGETS = ("gold", "self")
-TRAINABLE = ("flashmem", "flashmem-separate-encoder")
+TRAINABLE = ("flashmem", "flashmem-separate-encoder", "flashmem-plus", "memgen", "lora-sft", "prompt-tuning")
 _SELF_DRAWS = 4
 _SELF_TEMPERATURE = 0.8
 _SELF_BATCH = 16
@@ -54,7 +54,7 @@ class FitRequest:
     """What to fit.
 
     Attributes:
-        method: flashmem or flashmem-separate-encoder.
+        method: one of `TRAINABLE`.
         targets: gold or self.
         train: The library's training configuration.
         examples: Training samples a suite at most.
@@ -75,9 +75,12 @@ class FitRequest:
 
     def __post_init__(self) -> None:
         if self.method not in TRAINABLE:
-            raise UsageError(f"train fits {' or '.join(TRAINABLE)}; the memory of {self.method} is one of these")
+            raise UsageError(f"train fits {', '.join(TRAINABLE)}; the memory of {self.method} is one of these")
         if self.targets not in TARGETS:
             raise UsageError(f"--targets must be gold or self, not {self.targets!r}")
+        places = (self.train.insertion != "prompt-end", self.train.horizon is not None, self.train.keep > 0)
+        if self.method == "lora-sft" and any(places):
+            raise UsageError("lora-sft has no memories: leave insertion, horizon and keep out")
 
 
 @dataclass
@@ -179,7 +182,8 @@ def _why_none(wanted: FitRequest) -> str:
 
 def memory_settings(session: Session, method: str) -> Settings:
     """Return the settings under which a new memory of a method is made."""
-    return resolve(session.method_settings, fixed=get_method(method).fixed, method=method)
+    spec = get_method(method)
+    return resolve(session.method_settings, fixed=spec.fixed, defaults=spec.defaults, method=method)
 
 
 def _new_memory(session: Session, wanted: FitRequest) -> MemorySource:
@@ -351,12 +355,14 @@ def _scores(
     on_done: Callable[[int], None],
 ) -> list[float]:
     from flashmem_bench.methods.latent import LatentMethod, trigger_config
+    from flashmem_bench.methods.lora_sft import merged
 
     samples = joined().mine(samples)
     settings = resolve({}, suite=suite.memory_defaults)
     context = BuildContext(session.backbone, suite, settings, generation_arguments(session.backbone, suite, settings))
     trigger = trigger_config(context, kind="prompt-end")
-    method = LatentMethod(context, memory, lambda sample: trigger)
+    lora = memory is not None and memory.config.source == "lora"
+    method = merged(context, memory) if lora else LatentMethod(context, memory, lambda sample: trigger)
     scores: list[float] = []
     for start in range(0, len(samples), _VALIDATION_BATCH):
         batch = samples[start : start + _VALIDATION_BATCH]

@@ -100,9 +100,14 @@ class Costs:
         """The recipe's settings of the memory."""
         return resolve({k: v for k, v in self.recipe.settings.items() if not k.startswith("suite.")}).memory
 
+    @property
+    def depth(self) -> int:
+        """Blocks of the consolidator."""
+        return self.memory.depth or self.shape.layers
+
     def learned(self, method: str) -> int:
         """Parameters that training fits: blocks, the two maps of the seed, the output map, LoRA of an encoder."""
-        blocks = self.memory.depth * self.shape.block_weights + 3 * self.shape.width**2
+        blocks = self.depth * self.shape.block_weights + 3 * self.shape.width**2
         if method != "flashmem-separate-encoder":
             return blocks
         heads = (self.shape.heads + self.shape.kv_heads) * self.shape.head_width
@@ -299,7 +304,7 @@ def _arms(costs: Costs, samples: Samples) -> list[Phase]:
         text_tokens=plan.answer_tokens,
         injections=max(1, round(plan.triggers)),
         length=costs.memory.length,
-        depth=costs.memory.depth,
+        depth=costs.depth,
         element_bytes=costs.element,
     )
     found = []

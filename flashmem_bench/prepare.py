@@ -90,6 +90,7 @@ def prepare(
         accepted_settings(session, spec),
         suite=suite.memory_defaults,
         fixed=spec.fixed,
+        defaults=spec.defaults,
         method=method,
         memory=checkpoint.settings() if checkpoint else None,
     )

@@ -76,7 +76,7 @@ class Train(_Part):
     seeds: Seeds = (0,)
     scope: Literal["joint", "suite"] = "joint"
     targets: Literal["gold", "self"] | None = None
-    insertion: Literal["prompt-end", "mixed", "firing"] = "prompt-end"
+    insertion: Literal["prompt-end", "mixed", "firing", "delimiters"] = "prompt-end"
     keep: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     lessons: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
     horizon: Count | None = None

@@ -29,10 +29,20 @@ _BUILT_IN = (
     "flashmem-random-trigger",
     "flashmem-output-entropy",
     "flashmem-separate-encoder",
+    "flashmem-plus",
     "flashmem-random-memory",
     "flashmem-shuffled-memory",
     "flashmem-mean-memory",
     "flashmem-noop-memory",
+    "memgen",
+    "memgen-cached",
+    "lora-sft",
+    "prompt-tuning",
+    "cot-sc",
+    "snapkv",
+    "streaming-llm",
+    "tova",
+    "h2o",
 )
 METHODS: dict[str, str] = {name: f"flashmem_bench.methods.{name.replace('-', '_')}:SPEC" for name in _BUILT_IN}
 

@@ -80,6 +80,10 @@ class Parts:
         self._backbone: Backbone | None = None
         self._suites: dict[str, Suite] = {}
 
+    def share(self, session: Session) -> None:
+        """Use what another session has loaded."""
+        self._backbone, self._suites = session.backbone, session._suites
+
     def session(self, suites: Sequence[str], methods: Sequence[str], **more: Any) -> Session:
         """Return a session of the recipe's backbone and settings."""
         recipe, place = self.recipe, self.place
@@ -145,7 +149,7 @@ def trainings(recipe: Recipe, results_dir: Path, out: Path | None = None) -> lis
 
     for method in recipe.train.methods:
         if method not in TRAINABLE:
-            raise UsageError(f"train fits {' or '.join(TRAINABLE)}; the memory of {method} is one of these")
+            raise UsageError(f"train fits {', '.join(TRAINABLE)}; the memory of {method} is one of these")
     root = recipe.train.out or results_dir / "checkpoints" / model_key(recipe.model)
     suites = require_suites(recipe)
     groups = [(name,) for name in suites] if recipe.train.scope == "suite" else [suites]

@@ -94,6 +94,9 @@ def generation_columns(generation: Generation, sample: Sample, backbone: Backbon
         "output_tokens": generation.output_tokens,
         "latent_tokens": generation.latent_tokens,
         "positions_encoded": generation.positions_encoded,
+        "positions_woven": generation.positions_woven,
+        "positions_evicted": generation.positions_evicted,
+        "drawn_tokens": generation.drawn_tokens,
         "triggers": triggers,
         "trigger_rate": triggers / (1 + generation.output_tokens),
         "finish_reason": generation.finish_reason,
@@ -123,9 +126,12 @@ def grade_columns(grade: Grade, *, scored: bool, valid: bool) -> dict[str, Any]:
         "score_valid": scored and valid,
         "score": float(grade.score) if scored else None,
     }
-    if scored:
-        columns.update({f"{METRIC_PREFIX}{name}": float(value) for name, value in grade.metrics.items()})
-    return columns
+    return columns | metric_columns(grade.metrics) if scored else columns
+
+
+def metric_columns(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return further metrics of a sample as columns."""
+    return {f"{METRIC_PREFIX}{name}": float(value) for name, value in metrics.items()}
 
 
 def sample_row(common: Mapping[str, Any], *parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,6 +159,8 @@ def text_record(sample: Sample, generation: Generation | None, backbone: Backbon
     if generation is None:
         return record
     record["text"] = generation.text
+    if generation.candidates:
+        record["candidates"] = generation.candidates
     record["tokens"] = [_piece(backbone.tokenizer, token) for token in generation.token_ids]
     record["triggers"] = [
         {"text_index": t.text_index, "entropy": t.entropy, "output_entropy": t.output_entropy, "latents": t.latents}

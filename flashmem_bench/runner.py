@@ -36,11 +36,13 @@ from flashmem_bench.rows import (
     generation_columns,
     grade_columns,
     make_prompt,
+    metric_columns,
     sample_row,
     text_record,
     timing_columns,
 )
 from flashmem_bench.session import Request, Session
+from flashmem_bench.voting import curve
 from flashmem_bench.writer import RowWriter
 
 if TYPE_CHECKING:
@@ -291,6 +293,7 @@ class _CellLoop:
             generation_columns(generation, sample, self.backbone),
             timing_columns(timing),
             grade_columns(grade, scored=prepared.scored, valid=not prompt.beyond),
+            metric_columns(curve(prepared.suite, sample, generation.candidates)),
         )
 
     def _summary(self, status: str) -> dict[str, Any]:

@@ -57,10 +57,13 @@ class MemorySettings(_Group):
     """What is injected. With a trained checkpoint these come from it, and setting another value is refused."""
 
     source: Annotated[
-        Literal["consolidator", "separate-encoder", "constant"], Field(description="what makes the memory")
+        Literal["consolidator", "separate-encoder", "constant", "weaver", "lora"],
+        Field(description="what makes the memory"),
     ] = "consolidator"
     length: Annotated[int, Field(ge=1, le=256, description="K, latents a memory")] = 8
-    depth: Annotated[int, Field(ge=1, le=64, description="L, consolidator layers")] = 1
+    depth: Annotated[
+        int | None, Field(ge=1, le=256, description="L, consolidator layers; none = as many as the backbone")
+    ] = 1
     kv_layer: Annotated[Literal["paired", "last"], Field(description="whose keys and values a layer reads")] = "paired"
     latent_attention: Annotated[Literal["none", "earlier"], Field(description="latents see earlier latents")] = "none"
     feedback: Annotated[Literal["raw", "normed", "embedding"], Field(description="what is fed to the next step")] = (
@@ -69,13 +72,23 @@ class MemorySettings(_Group):
     output_map: Annotated[Literal["linear", "gate", "identity"], Field(description="map to input embeddings")] = (
         "linear"
     )
-    init: Annotated[Literal["inherited", "random"], Field(description="start weights of the consolidator")] = (
-        "inherited"
-    )
+    init: Annotated[
+        Literal["inherited", "random"],
+        Field(description="start weights of the consolidator, or of the weaver's linear maps"),
+    ] = "inherited"
     encoder_layers: Annotated[
         int | None, Field(ge=1, le=256, description="layers of the separate encoder; none = all of the backbone's")
     ] = None
-    encoder_rank: Annotated[int, Field(ge=1, le=1024, description="LoRA rank of the separate encoder")] = 8
+    encoder_rank: Annotated[
+        int | None,
+        Field(ge=1, le=1024, description="LoRA rank of the separate encoder or the weaver; none = matched (lora-sft)"),
+    ] = 8
+    reparam: Annotated[
+        Literal["none", "mlp"], Field(description="trained embeddings as they are, or behind a network (prompt-tuning)")
+    ] = "none"
+    tail_cache: Annotated[
+        bool, Field(description="memgen decodes with a cache behind its last memory; the released code does not")
+    ] = True
     checkpoint: Annotated[
         str | None, Field(description="folder or hub id of a trained memory, or untrained; none = the search order")
     ] = None
@@ -101,6 +114,24 @@ class SamplingSettings(_Group):
     ] = None
 
 
+class VoteSettings(_Group):
+    """How self-consistency draws its answers."""
+
+    draws: Annotated[int, Field(ge=1, le=64, description="answers a sample (cot-sc)")] = 8
+    temperature: Annotated[
+        float, Field(gt=0, le=10, allow_inf_nan=False, description="at which they are sampled (cot-sc)")
+    ] = 0.7
+
+
+class EvictionSettings(_Group):
+    """What KV eviction leaves of a prompt."""
+
+    budget: Annotated[int, Field(ge=5, le=_MANY, description="positions that each layer and KV head keeps")] = 1024
+    window: Annotated[int, Field(ge=1, le=_MANY, description="newest queries that vote in snapkv")] = 64
+    kernel: Annotated[int, Field(ge=1, le=63, description="positions over which snapkv averages, odd")] = 5
+    sinks: Annotated[int, Field(ge=0, le=1024, description="first positions that streaming-llm keeps")] = 4
+
+
 class Settings(_Group):
     """All resolved settings of one cell."""
 
@@ -108,6 +139,8 @@ class Settings(_Group):
     memory: MemorySettings = MemorySettings()
     monitor: MonitorSettings = MonitorSettings()
     sampling: SamplingSettings = SamplingSettings()
+    vote: VoteSettings = VoteSettings()
+    eviction: EvictionSettings = EvictionSettings()
     exec: Annotated[Literal["eager"], Field(description="how the model is executed")] = "eager"
 
     def to_json(self) -> dict[str, Any]:
@@ -213,9 +246,12 @@ def _optional(field: FieldInfo) -> bool:
 
 def _range(field: FieldInfo) -> str:
     low = next((m.ge for m in field.metadata if getattr(m, "ge", None) is not None), None)
+    above = next((m.gt for m in field.metadata if getattr(m, "gt", None) is not None), None)
     high = next((m.le for m in field.metadata if getattr(m, "le", None) is not None), None)
     if low is not None and high is not None:
         return f" from {low} to {high}"
+    if above is not None and high is not None:
+        return f" above {above}, at most {high}"
     return f" of at least {low}" if low is not None else ""
 
 
@@ -224,6 +260,7 @@ def resolve(
     *,
     suite: Mapping[str, Any] | None = None,
     fixed: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
     method: str = "",
     memory: Mapping[str, Any] | None = None,
 ) -> Settings:
@@ -233,6 +270,7 @@ def resolve(
         user: Checked values of `--set`.
         suite: What the suite file asks for, as dotted keys.
         fixed: What defines the method, as dotted keys.
+        defaults: What the method has unless the user says otherwise.
         method: The method's name, for the message.
         memory: The `memory.*` values of the trained checkpoint in use, as dotted keys.
 
@@ -248,7 +286,7 @@ def resolve(
                 f"the memory checkpoint has {key}={_shown(value)}, not {_shown(user[key])}; train one with "
                 f"`flashmem-bench train --set {key}={_shown(user[key])}` or leave the setting out"
             )
-    merged = {**(suite or {}), **user, **(memory or {}), **(fixed or {})}
+    merged = {**(suite or {}), **(defaults or {}), **user, **(memory or {}), **(fixed or {})}
     nested: dict[str, Any] = {}
     for key, value in merged.items():
         group, _, name = key.rpartition(".")

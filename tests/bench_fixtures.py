@@ -67,7 +67,15 @@ def write_memories(backbone: Any, template: Path, model: str) -> None:
 
     from flashmem.memory import MemoryConfig, new_memory
 
-    for method, source in (("flashmem", "consolidator"), ("flashmem-separate-encoder", "separate-encoder")):
+    sources = {
+        "flashmem": "consolidator",
+        "flashmem-separate-encoder": "separate-encoder",
+        "flashmem-plus": "consolidator",
+        "memgen": "weaver",
+        "lora-sft": "lora",
+        "prompt-tuning": "constant",
+    }
+    for method, source in sources.items():
         torch.manual_seed(0)
         memory = new_memory(MemoryConfig(source=source, length=4), backbone)
         folder = template / "checkpoints" / model / "joint" / method / "seed0"

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from flashmem_bench.cli import run as command
+from flashmem_bench.report.tables import build_tables
+from flashmem_bench.store import ResultStore
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,6 +28,16 @@ BAD = [
     ("run --suite wordmath --method vanilla --set trigger.threshold=-0.5", 2, "a number of at least 0"),
     ("run --suite wordmath --method vanilla --set memory.length=0", 2, "from 1 to 256"),
     ("run --suite wordmath --method vanilla --set trigger.percentile=400", 2, "from 0 to 100"),
+    ("run --suite wordmath --method flashmem-random-trigger --set trigger.rate=1.5", 2, "from 0 to 1"),
+    ("run --suite wordmath --method snapkv --set eviction.budget=2", 2, "from 5 to"),
+    ("run --suite wordmath --method h2o --model {model} --set eviction.budget=900000", 2, "choose one from 5 to"),
+    ("run --suite wordmath --method cot-sc --set vote.temperature=0", 2, "above 0"),
+    ("run --suite wordmath --method memgen-cached --set memory.tail_cache=false", 2, "fixes memory.tail_cache=true"),
+    ("run --suite wordmath --method memgen --model {model} --checkpoint {flashmem}", 2, "train --method memgen"),
+    ("run --suite wordmath --method flashmem --model {model} --checkpoint {lora}", 2, "train --method flashmem"),
+    ("run --suite wordmath --method lora-sft --model {model}", 1, "flashmem-bench train --method lora-sft"),
+    ("train --method lora-sft --suite hops --model {model} --insertion mixed", 2, "leave insertion"),
+    ("latency --method vanilla,cot-sc --model {model} --contexts 16", 2, "cot-sc is none of these"),
     ("run --suite wordmath --method vanilla --limit -3", 2, "--limit must be a whole number of at least 1"),
     ("run --suite wordmath --method vanilla --limit 0", 2, "at least 1"),
     ("run --suite wordmath --method vanilla --limit few", 2, "at least 1"),
@@ -59,7 +71,11 @@ BAD = [
     ("ablate cooldown --values -1", 2, "from 0 to"),
     ("ablate cooldown --method vanilla", 2, "does not read trigger.cooldown"),
     ("ablate cooldown --method flashmem-literal", 2, "fixes trigger.cooldown"),
-    ("train --method vanilla --suite wordmath", 2, "train fits flashmem or flashmem-separate-encoder"),
+    ("ablate trigger --values flashmem-randm-trigger", 2, "did you mean flashmem-random-trigger"),
+    ("ablate insertion --values middle", 2, "prompt-end or mixed or firing"),
+    ("ablate memory-length --recipe none", 2, "recipe"),
+    ("ablate memory-length --train-seed -1", 2, "--train-seed"),
+    ("train --method vanilla --suite wordmath", 2, "train fits flashmem, flashmem-separate-encoder"),
     ("train --method flashmem", 2, "--suite is missing"),
     ("train --method flashmem --suite wordmath --lr 0", 2, "--lr must be a number above 0"),
     ("train --method flashmem --suite wordmath --targets silver", 2, "gold or self"),
@@ -90,8 +106,10 @@ def places(bench, tmp_path_factory):
     (names["other"] / "SCHEMA.json").write_text('{"schema_version": 99}')
     # A file where the folder should be: unwritable for every user, root included.
     (root / "file").write_text("")
+    trained = bench.results(root / "trained") / "checkpoints" / bench.model.name / "joint"
+    memories = {"flashmem": str(trained / "flashmem/seed0"), "lora": str(trained / "lora-sft/seed0")}
     return {**{name: str(path) for name, path in names.items()}, "readonly": str(root / "file" / "results"),
-            "model": str(bench.model)}  # fmt: skip
+            "model": str(bench.model), **memories}  # fmt: skip
 
 
 @pytest.mark.parametrize(("line", "code", "words"), BAD, ids=[line for line, _, _ in BAD])
@@ -190,6 +208,53 @@ def test_values_of_the_threshold_axis():
     unlimited = points(get_axis("max-injections"), ["none"])
     assert [(point.text, point.reference) for point in unlimited] == [("8", True), ("none", False)]
     assert points(get_axis("trigger-interval"))[0].settings == {"trigger.cooldown": 0, "trigger.interval": 8}
+
+
+def test_every_axis_varies_something_that_its_method_reads():
+    from flashmem_bench.ablations import AXES, METHOD, points
+    from flashmem_bench.registry import get_method, method_names
+    from flashmem_bench.settings import FIELDS, resolve
+
+    for axis in AXES:
+        made = points(axis)
+        assert sum(point.reference for point in made) == 1, axis.name
+        assert len({point.text for point in made}) == len(made) > 1
+        for point in made:
+            spec = get_method(point.method or axis.method)
+            # What a memory is comes with its checkpoint; a method must not fix the rest to something else.
+            asked = {key: value for key, value in point.settings.items() if not key.startswith("memory.")}
+            resolve(asked, fixed=spec.fixed, defaults=spec.defaults, method=spec.name)
+            assert spec.memory_of, axis.name
+        assert axis.key in FIELDS or axis.key in (METHOD, "train.insertion", "train.targets")
+    assert {point.method for axis in AXES for point in points(axis)} - {None} <= set(method_names())
+
+
+def test_an_axis_of_methods_is_one_sheet(bench, tmp_path, capsys):
+    results = bench.results(tmp_path / "results")
+    line = ["ablate", "memory-source", "--suite", "hops", "--limit", "3", "--model", str(bench.model), "--quiet"]
+    line += ["--values", "flashmem-noop-memory", "--results-dir", str(results)]
+    assert command(line) == 0
+    sheet = build_tables(ResultStore(results))["ablations"]
+    assert list(sheet["value"]) == ["flashmem", "flashmem-noop-memory"] and set(sheet["method"]) == {"flashmem"}
+    assert sheet["reference_cell"].nunique() == 1 and sheet["delta_reference"].notna().sum() == 1
+
+
+def test_an_axis_of_memories_trains_each_value_once(bench, tmp_path, capsys):
+    results, recipe = bench.results(tmp_path / "results"), tmp_path / "small.yaml"
+    recipe.write_text("train: {examples: 16, batch_size: 4, validation: 4, targets: gold, lr: 1.0e-3}\n")
+    line = ["ablate", "memory-length", "--suite", "hops", "--limit", "3", "--values", "2,8", "--minutes", "0.01"]
+    line += ["--recipe", str(recipe), "--model", str(bench.model), "--results-dir", str(results)]
+    assert command(line) == 0
+    out = capsys.readouterr()
+    assert "2 memories of 0.01 minutes are trained first" in out.err + out.out
+    sheet = build_tables(ResultStore(results))["ablations"]
+    assert list(sheet["value"]) == ["2", "8"] and set(sheet["method"]) == {"flashmem-prompt-end"}
+    latents = {cell.rows()[0]["latent_tokens"] for cell in ResultStore(results).cells()}
+    assert latents == {2, 8}
+    weights = sorted((results / "checkpoints").rglob("ablations/**/model.safetensors"))
+    before = [path.stat().st_mtime_ns for path in weights]
+    assert len(weights) == 2 and command([*line, "--quiet"]) == 0
+    assert [path.stat().st_mtime_ns for path in weights] == before
 
 
 def test_partial_results_exit_3(bench, tmp_path, capsys, monkeypatch):

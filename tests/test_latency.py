@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from flashmem import MemoryConfig, new_memory
-from flashmem_bench.errors import UsageError
+from flashmem_bench.errors import BenchError, UsageError
 from flashmem_bench.floor import Shape, decode_floor
-from flashmem_bench.latency import append_rows, measure, read_rows
+from flashmem_bench.latency import SOURCES, append_rows, measure, new_sources, read_rows
 from flashmem_bench.schema import LATENCY_COLUMNS, column_names
 from tests.flashmem.conftest import make_backbone
 
@@ -43,7 +43,9 @@ def test_no_injection_costs_nothing() -> None:
 def test_protocol_runs_its_schedule_and_keeps_its_rows(tmp_path) -> None:
     backbone = make_backbone()
     memory = new_memory(MemoryConfig(), backbone).eval()
-    ((rows, comparison),) = list(measure(backbone, memory, [16], runs=5))
+    sources = {"vanilla": None, "flashmem": memory}
+    ((rows, (comparison,)),) = list(measure(backbone, sources, [16], runs=5))
+    assert (comparison.a, comparison.b) == ("flashmem", "vanilla")
     assert [r["method"] for r in rows[:4]] == ["vanilla", "flashmem", "flashmem", "vanilla"]
     assert {(r["method"], r["triggers"], r["latent_tokens"]) for r in rows} == {("vanilla", 0, 0), ("flashmem", 8, 64)}
     assert all(set(r) == set(column_names(LATENCY_COLUMNS)) for r in rows)
@@ -57,6 +59,30 @@ def test_bad_requests_are_named() -> None:
     backbone = make_backbone()
     memory = new_memory(MemoryConfig(), backbone)
     with pytest.raises(UsageError, match="5 or more"):
-        list(measure(backbone, memory, [16], runs=2))
+        list(measure(backbone, {"flashmem": memory}, [16], runs=2))
     with pytest.raises(UsageError, match="exceed 512"):
-        list(measure(backbone, memory, [400], runs=5))
+        list(measure(backbone, {"flashmem": memory}, [480], runs=5))
+    with pytest.raises(UsageError, match="cot-sc is none of these"):
+        new_sources(backbone, ["cot-sc"])
+
+
+def test_rivals_encode_what_the_formula_says_and_are_compared_with_flashmem() -> None:
+    backbone, methods = make_backbone(), list(SOURCES)
+    ((rows, comparisons),) = list(measure(backbone, new_sources(backbone, methods), [16], runs=5))
+    pairs = [(c.a, c.b) for c in comparisons]
+    assert ("memgen", "flashmem") in pairs and ("memgen-cached", "vanilla") in pairs and len(pairs) == 4 + 3
+    by = {row["method"]: row for row in rows}
+    once = 16 + 255 + 64
+    again = [16 + 32 * i + 8 * i for i in range(8)]
+    assert by["flashmem"]["positions_encoded"] == by["memgen-cached"]["positions_encoded"] == once
+    assert by["memgen"]["positions_encoded"] == sum(again) + 64 + 255
+    assert by["memgen"]["positions_woven"] == sum(again) + 64
+    assert by["memgen-cached"]["positions_woven"] == again[-1] + 64
+    assert by["flashmem-separate-encoder"]["positions_woven"] == sum(again)
+
+
+def test_a_run_that_did_other_work_is_no_measurement(monkeypatch) -> None:
+    backbone = make_backbone()
+    monkeypatch.setattr("flashmem_bench.latency.encoded", lambda *_: (1, 1))
+    with pytest.raises(BenchError, match="the formula says"):
+        list(measure(backbone, {"vanilla": None}, [16], runs=5))

@@ -107,7 +107,7 @@ def test_suite_example(data_dir: Path, capfd: pytest.CaptureFixture[str]) -> Non
 def test_tables_name_every_method_and_suite() -> None:
     from flashmem_bench.suites import list_suites
 
-    listed = re.findall(r"`((?:vanilla|flashmem|-)[a-z-]*)`", README.split("## Methods")[1].split("## Suites")[0])
+    listed = re.findall(r"`(-?[a-z0-9][a-z0-9-]*)`", README.split("## Methods")[1].split("## Suites")[0])
     full = {f"flashmem{name}" if name.startswith("-") else name for name in listed}
     assert set(registry.METHODS) <= full
     named = set(

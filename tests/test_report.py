@@ -413,3 +413,14 @@ def test_importing_the_report_package_is_cheap() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_unequal_cells_are_compared_only_when_asked_for_and_then_marked(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    add_cell(store, "wordmath", "vanilla", n=6)
+    add_cell(store, "wordmath", "flashmem", n=6, dtype="bfloat16")
+    assert build_tables(store)["comparisons"].empty
+    build_report(tmp_path, unequal=True)
+    told = pd.read_csv(tmp_path / "tables/comparisons.csv")
+    assert list(told["b"]) == ["vanilla"]
+    assert "bfloat16" in told["unequal"][0] and "float32" in told["unequal"][0]

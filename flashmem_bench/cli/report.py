@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from flashmem_bench.cli import options as o
 
 
 def report(
+    allow_unequal: Annotated[
+        bool, typer.Option("--allow-unequal", help="Compare cells under different conditions too, and say which.")
+    ] = False,
     results_dir: o.ResultsDir = o.DEFAULT_RESULTS,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -21,7 +28,7 @@ def report(
         )
     from flashmem_bench.report import build_report
 
-    paths = build_report(results_dir)
+    paths = build_report(results_dir, unequal=allow_unequal)
     if json:
         o.emit_json({name: _plain(value) for name, value in vars(paths).items()})
         return 0

@@ -36,7 +36,10 @@ _Placement = Annotated[
 ]
 _Lr = Annotated[str, typer.Option("--lr", help="Peak learning rate.", rich_help_panel=_PANEL)]
 _Insertion = Annotated[
-    str, typer.Option("--insertion", help="Where memories go: prompt-end, mixed or firing.", rich_help_panel=_PANEL)
+    str,
+    typer.Option(
+        "--insertion", help="Where memories go: prompt-end, mixed, firing or delimiters.", rich_help_panel=_PANEL
+    ),
 ]
 _Targets = Annotated[
     str | None,
@@ -140,7 +143,10 @@ def _values(given: dict[str, Any]) -> dict[str, Any]:
     from flashmem_bench.fitting import TARGETS
     from flashmem_bench.settings import parse_assignments
 
-    for option, allowed in (("insertion", ("prompt-end", "mixed", "firing")), ("placement", ("single", "auto"))):
+    for option, allowed in (
+        ("insertion", ("prompt-end", "mixed", "firing", "delimiters")),
+        ("placement", ("single", "auto")),
+    ):
         if given[option] not in allowed:
             raise UsageError(f"--{option} must be {' or '.join(allowed)}, not {given[option]!r}")
     if given["targets"] not in (None, *TARGETS):

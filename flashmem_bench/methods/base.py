@@ -108,6 +108,7 @@ class MethodSpec:
         summary: One line for `flashmem-bench list methods`.
         build: Makes the method; imports what it needs inside.
         fixed: Dotted settings that define the method; `--set` cannot change them.
+        defaults: Dotted settings that the method has unless `--set` changes them.
         memory_of: Method whose trained memory it uses; None = no memory.
         uses: Groups of settings that can change its answers.
         needs_bank: It replaces memories by those of other samples.
@@ -118,6 +119,7 @@ class MethodSpec:
     summary: str
     build: Callable[[BuildContext], Method]
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     memory_of: str | None = None
     uses: tuple[str, ...] = ("sampling.temperature", "exec")
     needs_bank: bool = False
@@ -128,6 +130,10 @@ class MethodSpec:
         flat = settings.flat()
         kept = {key: value for key, value in flat.items() if key in self.uses or key.split(".")[0] in self.uses}
         kept.pop("memory.checkpoint", None)
+        # Settings that one source alone reads; elsewhere they cannot change an answer.
+        for source, key in (("weaver", "memory.tail_cache"), ("constant", "memory.reparam")):
+            if settings.memory.source != source:
+                kept.pop(key, None)
         reads = ("kind", "cooldown", "max_injections", *_TRIGGER_KEYS.get(settings.trigger.kind, ()))
         return {key: value for key, value in kept.items() if not key.startswith("trigger.") or key[8:] in reads}
 

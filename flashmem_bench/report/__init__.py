@@ -35,8 +35,12 @@ class ReportPaths:
     warnings: list[str]
 
 
-def build_report(results_dir: Path) -> ReportPaths:
+def build_report(results_dir: Path, *, unequal: bool = False) -> ReportPaths:
     """Build the report of a results folder, replacing an older one.
+
+    Args:
+        results_dir: the folder.
+        unequal: compare cells whose prompts, token budget, attention, dtype or other conditions differ, and say so.
 
     Raises:
         StoreError: the folder holds no results, cannot be written, or has another schema.
@@ -58,7 +62,7 @@ def build_report(results_dir: Path) -> ReportPaths:
     cells = load_cells(ResultStore(root))
     if not cells:
         raise StoreError(nothing)
-    tables = tables_of(cells, read_rows(root), training_records(cells, root))
+    tables = tables_of(cells, read_rows(root), training_records(cells, root), unequal=unequal)
     warnings = comparison_warnings(cells)
     drawings = [*draw_all(tables, root / "figures"), *draw_traces(cells, root / "figures")]
     drawings += draw_training(tables["training"], root / "figures")

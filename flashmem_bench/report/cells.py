@@ -30,7 +30,7 @@ PLACEBOS = (
 CONDITIONS = ("model", "device", "dtype", "batch_size", "exec")
 _SHOWN_LETTERS = 16
 # Parts of an identity that decide what was asked and how much could be answered.
-_SAME_QUESTION = ("suite_hash", "split", "template", "truncate", "generation.")
+_SAME_QUESTION = ("suite_hash", "split", "template", "truncate", "attention", "generation.")
 
 
 @dataclass(frozen=True)
@@ -219,17 +219,16 @@ def refusal(a: Cell, b: Cell) -> str | None:
     return None
 
 
-def partner(cell: Cell, method: str, cells: Iterable[Cell]) -> Cell | None:
+def partner(cell: Cell, method: str, cells: Iterable[Cell], *, unequal: bool = False) -> Cell | None:
     """The headline cell of a method that a cell is best compared with, None when none may be.
 
     Among those that may, the one with the same seed, then with most settings equal, then with most samples
-    shared.
+    shared. With `unequal`, where none may be compared, one of the others that have samples in common.
     """
-    candidates = [
-        other
-        for other in cells
-        if other.suite == cell.suite and other.method == method and other.is_main and refusal(cell, other) is None
-    ]
+    there = [other for other in cells if (other.suite, other.method) == (cell.suite, method) and other.is_main]
+    candidates = [other for other in there if refusal(cell, other) is None]
+    if unequal and not candidates:
+        candidates = [other for other in there if shared_samples(cell, other)]
     return max(candidates, key=lambda other: closeness(cell, other), default=None)
 
 

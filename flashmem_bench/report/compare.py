@@ -18,19 +18,25 @@ _MANY_TRUNCATED = 0.05
 _SIGNIFICANT = 0.05
 
 
-def comparison_records(cells: Sequence[Cell]) -> list[Record]:
-    """Every headline cell against vanilla, and flashmem against each of its placebos."""
+def comparison_records(cells: Sequence[Cell], *, unequal: bool = False) -> list[Record]:
+    """Every headline cell against vanilla, and flashmem against each of its placebos.
+
+    Args:
+        cells: the cells.
+        unequal: pair cells also where prompts, token budget, attention, dtype or other conditions differ; the record
+            then says what does.
+    """
     records = []
     for cell in (cell for cell in cells if cell.is_main):
-        if cell.method != VANILLA and (base := partner(cell, VANILLA, cells)):
+        if cell.method != VANILLA and (base := partner(cell, VANILLA, cells, unequal=unequal)):
             records.append(compare(cell, base, "baseline"))
-        if cell.method in PLACEBOS and (subject := partner(cell, FLASHMEM, cells)):
+        if cell.method in PLACEBOS and (subject := partner(cell, FLASHMEM, cells, unequal=unequal)):
             records.append(compare(subject, cell, "placebo"))
     return records
 
 
 def compare(a: Cell, b: Cell, kind: str) -> Record:
-    """Paired comparison of two cells that may be compared, on the samples that both have."""
+    """Paired comparison of two cells on the samples that both have."""
     shared = shared_samples(a, b)
     pairs = [(a.by_sample[name], b.by_sample[name]) for name in shared]
     same = [a.texts.get(name, {}).get("text") == b.texts.get(name, {}).get("text") for name in shared]
@@ -43,6 +49,7 @@ def compare(a: Cell, b: Cell, kind: str) -> Record:
         "cell_b": b.cell_id,
         "n": len(shared),
         "same_text_share": mean(same),
+        "unequal": refusal(a, b),
         **_score_difference(pairs),
     }
     for name, column in (("time_ratio", "e2e_ms"), ("decode_time_ratio", "decode_ms")):

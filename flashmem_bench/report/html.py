@@ -314,28 +314,31 @@ def _ablations(ablations: pd.DataFrame, drawings: Sequence[Drawing]) -> list[Con
 
 
 def _latency(latency: pd.DataFrame) -> list[Context]:
-    """Flashmem over vanilla at fixed contexts, run by run."""
+    """Every method over vanilla at fixed contexts, and the rivals over flashmem, run by run."""
     rows = []
     keys = ["protocol", "model", "device", "dtype", "batch_size", "exec", "context"]
     for (protocol, model, device, dtype, _, _, context), part in latency.groupby(keys, sort=True, dropna=False):
-        times = {method: part[part["method"] == method] for method in (FLASHMEM, VANILLA)}
-        n = min(len(frame) for frame in times.values())
-        ratios = [
-            stats.geometric_mean_ratio(times[FLASHMEM][column][:n], times[VANILLA][column][:n])
-            for column in ("e2e_ms", "decode_ms")
-        ]
-        rows.append(
-            {
-                "protocol": protocol,
-                "conditions": f"{model}, {device}, {dtype}",
-                "stamp": CPU_STAMP if device == "cpu" else "",
-                "context": say.whole(context),
-                "runs": n,
-                "ratios": [say.interval(*ratio) for ratio in ratios],
-                "ms": [say.number(times[method]["e2e_ms"].median()) for method in (FLASHMEM, VANILLA)],
-            }
-        )
+        times = dict(tuple(part.groupby("method", sort=False)))
+        named = {
+            "protocol": protocol,
+            "conditions": f"{model}, {device}, {dtype}",
+            "stamp": CPU_STAMP if device == "cpu" else "",
+            "context": say.whole(context),
+        }
+        for a, b in _latency_pairs(list(times)):
+            n = min(len(times[a]), len(times[b]))
+            ratios = [
+                stats.geometric_mean_ratio(times[a][column][:n], times[b][column][:n])
+                for column in ("e2e_ms", "decode_ms")
+            ]
+            shown = {"methods": f"{a} / {b}", "runs": n, "ratios": [say.interval(*ratio) for ratio in ratios]}
+            rows.append({**named, **shown, "ms": [say.number(times[method]["e2e_ms"].median()) for method in (a, b)]})
     return rows
+
+
+def _latency_pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
+    plain = [(name, VANILLA) for name in methods if name != VANILLA and VANILLA in methods]
+    return plain + [(name, FLASHMEM) for name in methods if name not in (FLASHMEM, VANILLA) and FLASHMEM in methods]
 
 
 def _ablation_row(row: Context) -> Context:

@@ -47,6 +47,11 @@ _LOOKS = {
     "flashmem-shuffled-memory": Look(PURPLE, "D", hollow=True),
     "flashmem-mean-memory": Look(PURPLE, "^", hollow=True),
     "flashmem-noop-memory": Look(PURPLE, "v", hollow=True),
+    "flashmem-plus": Look(VERMILLION, "*"),
+    "memgen": Look(GREY, "s"),
+    "memgen-cached": Look(GREY, "s", hollow=True),
+    "lora-sft": Look(BLUE, "p"),
+    "prompt-tuning": Look(BLUE, "h", hollow=True),
 }
 _SPARE = tuple(Look(color, marker) for marker in "<>ph*" for color in (BLUE, GREEN, GREY, PURPLE, SKY))
 

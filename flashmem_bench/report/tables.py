@@ -46,7 +46,7 @@ def build_tables(store: ResultStore, suites: Collection[str] | None = None) -> d
 
 
 def tables_of(
-    cells: Sequence[Cell], latency: Sequence[Record] = (), training: Sequence[Record] = ()
+    cells: Sequence[Cell], latency: Sequence[Record] = (), training: Sequence[Record] = (), *, unequal: bool = False
 ) -> dict[str, pd.DataFrame]:
     """The same for cells that are already loaded.
 
@@ -54,8 +54,9 @@ def tables_of(
         cells: the cells.
         latency: rows of the latency protocol.
         training: steps of the trainings of their memories.
+        unequal: compare cells under different conditions too (see `comparison_records`).
     """
-    comparisons = comparison_records(cells)
+    comparisons = comparison_records(cells, unequal=unequal)
     records: dict[str, list[Record]] = {
         "samples": [{**row, "cell": cell.cell_id} for cell in cells for row in cell.rows],
         "metrics": [record for cell in cells for record in _metric_records(cell)],
@@ -140,6 +141,8 @@ def ablation_records(cells: Sequence[Cell]) -> list[Record]:
             records.append(
                 {
                     **_descr_block(cell),
+                    # Of an axis of methods every point belongs to the sheet of the reference method.
+                    "method": mark.get("of") or cell.method,
                     "axis": mark["axis"],
                     "value": "none" if mark["value"] is None else str(mark["value"]),
                     "value_number": _number(mark["value"]),
@@ -215,8 +218,11 @@ def _reference(cell: Cell, axis: str, cells: Sequence[Cell]) -> Cell | None:
     candidates = [
         other
         for other in cells
-        if (other.suite, other.method) == (cell.suite, cell.method)
-        and any(mark["axis"] == axis and mark.get("reference") for mark in other.ablation)
+        if other.suite == cell.suite
+        and any(
+            mark["axis"] == axis and mark.get("reference") and (mark.get("of") or cell.method) == other.method
+            for mark in other.ablation
+        )
         and refusal(cell, other) is None
     ]
     return max(candidates, key=lambda other: closeness(cell, other), default=None)

@@ -1,0 +1,62 @@
+"""What the four KV eviction rivals share: plain decoding over what a policy left of the prompt's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from flashmem_bench.errors import UsageError
+from flashmem_bench.methods.base import BuildContext, MethodSpec
+from flashmem_bench.methods.latent import LatentMethod
+
+if TYPE_CHECKING:
+    from flashmem.generation import Generation
+    from flashmem_bench.clock import HostClock
+    from flashmem_bench.tasks import Sample
+
+
+class EvictingMethod(LatentMethod):
+    """Plain decoding after one eviction; batches are of one sample, since left padding would be scored too."""
+
+    def __init__(self, context: BuildContext, policy: str):
+        from flashmem.eviction import EvictionConfig
+
+        super().__init__(context, memory=None, trigger_for=lambda sample: None)  # type: ignore[arg-type,return-value]
+        values = context.settings.eviction
+        room = context.backbone.max_positions
+        if values.budget > room:
+            raise UsageError(
+                f"eviction.budget is {values.budget} and {context.backbone.name} has {room} positions: "
+                f"choose one from {values.sinks + 1} to {room}"
+            )
+        self._eviction = EvictionConfig(policy, **values.model_dump())  # type: ignore[arg-type]
+
+    def batch_key(self, sample: Sample) -> object:
+        """Return the sample: no padding."""
+        return sample.sample_id
+
+    def generate(  # type: ignore[override]
+        self, prompts: Sequence[list[int]], samples: Sequence[Sample], clock: HostClock | None, seed: int
+    ) -> list[Generation]:
+        """See `Method.generate`."""
+        from flashmem.eviction import prefill_and_evict
+        from flashmem.generation import generate
+
+        return generate(
+            self.backbone,
+            list(prompts),
+            generation_config=self._generation_config,
+            clock=clock,
+            seed=seed,
+            prefill=lambda given: prefill_and_evict(self.backbone, given, self._eviction),
+        )
+
+
+def eviction_spec(policy: str, summary: str) -> MethodSpec:
+    """Return the spec of one policy."""
+    return MethodSpec(
+        name=policy,
+        summary=summary,
+        build=lambda context: EvictingMethod(context, policy),
+        uses=("eviction", "sampling.temperature", "exec"),
+    )
