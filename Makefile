@@ -52,6 +52,8 @@ tiny: setup
 # Memories and thresholds for the bundled backbone, as their recipes say: two trainings side by side, one core each.
 BUNDLED := flashmem_bench/tiny/weights
 JOINT := $(BENCH) train --recipe flashmem-tiny-joint --quiet
+RIVALS := $(BENCH) train --recipe flashmem-tiny-rivals --quiet
+HOPS := $(BENCH) train --recipe flashmem-tiny-hops --quiet
 memories: export OMP_NUM_THREADS = 1
 memories: setup
 	$(JOINT) --method flashmem --train-seed 0 --out $(BUNDLED)/checkpoints/joint/flashmem/seed0 & \
@@ -59,6 +61,11 @@ memories: setup
 	  $(BENCH) train --recipe flashmem-tiny-$$suite --quiet --method $$method --train-seed 0 --out $(BUNDLED)/checkpoints/$$suite/$$method/seed0 || exit; \
 	done; done; wait
 	$(JOINT) --method flashmem-separate-encoder --out $(BUNDLED)/checkpoints/joint/flashmem-separate-encoder/seed0
+	$(RIVALS) --method memgen --insertion delimiters --set memory.init=inherited --minutes 11 --out $(BUNDLED)/checkpoints/joint/memgen/seed0 & \
+	for method in lora-sft prompt-tuning; do $(RIVALS) --method $$method --out $(BUNDLED)/checkpoints/joint/$$method/seed0 || exit; done; wait
+	$(HOPS) --method memgen --insertion delimiters --set memory.init=inherited --out $(BUNDLED)/checkpoints/hops/memgen/seed0 & \
+	$(HOPS) --method lora-sft --insertion prompt-end --out $(BUNDLED)/checkpoints/hops/lora-sft/seed0 && \
+	$(HOPS) --method prompt-tuning --insertion prompt-end --minutes 6 --out $(BUNDLED)/checkpoints/hops/prompt-tuning/seed0; wait
 	$(BENCH) calibrate --suite wordmath,hops,hops-list,recall,babi,gsm8k --limit 100 --joint --out $(BUNDLED)/thresholds
 
 # The other training seeds of the results; 12 MB hold one memory of each kind.
