@@ -1,8 +1,7 @@
-"""`flashmem-plus`: the best memory that our ablations found, under FlashMem's trigger.
+"""`flashmem-plus`: a stronger memory under FlashMem's trigger, the candidate of our ablations.
 
 A block for every layer of the backbone, each reading the cache of its own layer; latents see the latents before them;
-and each starts from the embedding that the one before it wrote, as a token does. It is chosen on validation and has
-trained weights of its own. What it costs more is in `consolidate_ms`: K steps of all layers instead of one.
+and each starts from the embedding that the one before it wrote, as a token does. It has trained weights of its own. What it costs more is in `consolidate_ms`: K steps of all layers instead of one.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from flashmem_bench.methods.latent import USES, build_latent
 
 SPEC = MethodSpec(
     name="flashmem-plus",
-    summary="flashmem with the best memory of our ablations: all layers, latents that see each other",
+    summary="flashmem with a block for every layer and latents that see each other",
     build=build_latent,
     defaults={"memory.depth": None, "memory.latent_attention": "earlier", "memory.feedback": "embedding"},
     memory_of="flashmem-plus",
