@@ -1,7 +1,8 @@
 """`flashmem-plus`: a stronger memory under FlashMem's trigger, the candidate of our ablations.
 
 A block for every layer of the backbone, each reading the cache of its own layer; latents see the latents before them;
-and each starts from the embedding that the one before it wrote, as a token does. It has trained weights of its own. What it costs more is in `consolidate_ms`: K steps of all layers instead of one.
+and each starts from the embedding that the one before it wrote, as a token does. It has trained weights of its own.
+What it costs more is in `consolidate_ms`: K steps of all layers instead of one.
 """
 
 from __future__ import annotations
