@@ -112,8 +112,15 @@ def run_grid(
                 needed = [spec.reference] if spec.reference else []
                 for name in [*needed, spec.name]:
                     if (suite, name) not in results:
-                        results[suite, name] = _run_one(session, suite, name, results, progress, descr or {}, stop)
+                        mine = _description(descr or {}, name, request.methods)
+                        results[suite, name] = _run_one(session, suite, name, results, progress, mine, stop)
     return list(results.values())
+
+
+def _description(descr: Mapping[str, Any], name: str, wanted: Sequence[str]) -> Mapping[str, Any]:
+    """What is added to a cell's description. A point of an axis of methods is not the cell that it is matched to."""
+    of_methods = any(mark.get("of") for mark in descr.get("ablation", ()))
+    return {} if of_methods and name not in wanted else descr
 
 
 def _run_one(

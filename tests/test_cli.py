@@ -237,6 +237,10 @@ def test_an_axis_of_methods_is_one_sheet(bench, tmp_path, capsys):
     sheet = build_tables(ResultStore(results))["ablations"]
     assert list(sheet["value"]) == ["flashmem", "flashmem-noop-memory"] and set(sheet["method"]) == {"flashmem"}
     assert sheet["reference_cell"].nunique() == 1 and sheet["delta_reference"].notna().sum() == 1
+    matched = [*line[:1], "trigger", *line[2:-3], "flashmem-random-trigger", *line[-2:]]
+    assert command(matched) == 0
+    sheet = build_tables(ResultStore(results))["ablations"].query("axis == 'trigger'")
+    assert list(sheet["value"]) == ["flashmem", "flashmem-random-trigger"], "the cell it is matched to is no point"
 
 
 def test_an_axis_of_memories_trains_each_value_once(bench, tmp_path, capsys):

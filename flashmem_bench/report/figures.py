@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 _CONDITIONS = ["model", "device", "dtype", "batch_size", "exec"]
 # The points of one sheet: those that are compared with the same reference cell.
+# Letters of a value that still stands upright below its point.
+_LONG_VALUE = 10
 ABLATION_SHEET = ["axis", "suite", "method", "reference_cell"]
 _LOG_FROM = 16
 
@@ -174,7 +176,8 @@ def ablation(points: pd.DataFrame, folder: Path, name: str) -> Drawing | None:
             _mark_reference(axes, places, points, named=axes is score)
         _score_axis(score, min(1.0, score.get_ylim()[1]))
         figure.align_ylabels(panels)
-        rate.legend(loc="best")
+        # Above the panel: inside, its markers read as points of a sheet whose values are names.
+        rate.legend(loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=2)
         _value_axis(whole, places, points, numeric)
         title = f"{suite}, {points['method'][0]}: ablation of {axis}"
         caption(figure, title, _footnote(points), cpu_timed=_on_cpu(points))
@@ -320,6 +323,9 @@ def _value_axis(axes: Axes, places: Sequence[float], points: pd.DataFrame, numer
     axis = str(points["axis"][0])
     if not numeric:
         axes.set_xticks(places, points["value"], parse_math=False)
+        if points["value"].str.len().max() > _LONG_VALUE:
+            for text in axes.get_xticklabels():
+                text.set(rotation=25, ha="right", rotation_mode="anchor")
         axes.set_xlabel(axis)
         axes.margins(x=0.08)
         return
