@@ -57,9 +57,9 @@ HOPS := $(BENCH) train --recipe flashmem-tiny-hops --quiet
 memories: export OMP_NUM_THREADS = 1
 memories: setup
 	$(JOINT) --method flashmem --train-seed 0 --out $(BUNDLED)/checkpoints/joint/flashmem/seed0 & \
-	for suite in hops hops-list; do for method in flashmem flashmem-separate-encoder; do \
-	  $(BENCH) train --recipe flashmem-tiny-$$suite --quiet --method $$method --train-seed 0 --out $(BUNDLED)/checkpoints/$$suite/$$method/seed0 || exit; \
-	done; done; wait
+	for memory in hops/flashmem hops-list/flashmem hops-list/flashmem-separate-encoder; do \
+	  $(BENCH) train --recipe flashmem-tiny-$${memory%%/*} --quiet --method $${memory##*/} --train-seed 0 --out $(BUNDLED)/checkpoints/$$memory/seed0 || exit; \
+	done; wait
 	$(JOINT) --method flashmem-separate-encoder --out $(BUNDLED)/checkpoints/joint/flashmem-separate-encoder/seed0
 	$(RIVALS) --method memgen --insertion delimiters --set memory.init=inherited --minutes 11 --out $(BUNDLED)/checkpoints/joint/memgen/seed0 & \
 	for method in lora-sft prompt-tuning; do $(RIVALS) --method $$method --out $(BUNDLED)/checkpoints/joint/$$method/seed0 || exit; done; wait

@@ -327,9 +327,10 @@ class Backbone:
         """The state of prompts of which only the embeddings are there; nothing is encoded until `reencode`."""
         ids, real = self._left_pad(prompts, max(len(p) for p in prompts))
         state = self.empty_state(len(prompts), ragged=bool((~real).any()), keep_inputs=True)
-        self._advance(state, self.embed(ids), real, None)
+        embeds = self.embed(ids)
+        self._advance(state, embeds, real, None)
         state.encoded = [0] * len(prompts)
-        state.inputs = [self.embed(ids)]
+        state.inputs = [embeds]
         return state
 
     def reencode(

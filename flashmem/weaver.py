@@ -86,14 +86,14 @@ class WeaverMemory(MemorySource):
 
     def _pass(self, weaver: Backbone, own: DecodeState, state: DecodeState, injections: list[int]) -> Tensor:
         """One causal pass over what the weaver has not seen yet and the queries behind it."""
-        seen, total = own.positions.shape[1], state.positions.shape[1]
+        seen = own.positions.shape[1]
         assert state.inputs is not None
         fresh = self.inward(torch.cat(state.inputs, 1)[:, seen:])
         first = torch.tensor([n == 0 for n in injections], device=weaver.device)[:, None, None]
         queries = torch.where(first, self.at_prompt_end(), self.in_answer())
         real = None
         if state.ragged:
-            real = nn.functional.pad(state.positions[:, seen:total] >= 0, (0, self.config.length), value=True)
+            real = nn.functional.pad(state.positions[:, seen:] >= 0, (0, self.config.length), value=True)
         hidden = weaver.extend(own, torch.cat([fresh, queries], 1), real=real)
         return self.outward(hidden[:, -self.config.length :])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flashmem_bench.errors import UnknownNameError
 from flashmem_bench.models import BUNDLED, model_key
@@ -32,12 +32,10 @@ class Schedule:
     Attributes:
         minutes: Of each.
         recipe: Name or path of the recipe that has the rest; None = the bundled one for the suite, else the defaults.
-        changes: Dotted recipe keys laid over it.
     """
 
     minutes: float = DEFAULT_MINUTES
     recipe: str | None = None
-    changes: tuple[tuple[str, Any], ...] = ()
 
 
 def train_point(
@@ -65,7 +63,6 @@ def train_point(
         "settings": {k: v for k, v in settings.items() if not k.startswith("trigger.")},
         "train.minutes": schedule.minutes,
         **{f"train.{name}": value for name, value in point.train.items()},
-        **dict(schedule.changes),
     }
     base = base_recipe(request.model, suite, schedule.recipe)
     values["settings"] = {**base.settings, **values["settings"]}

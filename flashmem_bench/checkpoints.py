@@ -27,8 +27,8 @@ from flashmem_bench.models import BUNDLED, model_key
 UNTRAINED = "untrained"
 JOINT = "joint"
 HARM_LIMIT = 0.02
-# What the memories of a trainable method may be made of.
-_SOURCES = {
+# The methods that have a memory to train, and what it may be made of.
+SOURCES = {
     "flashmem": ("consolidator", "constant"),
     "flashmem-separate-encoder": ("separate-encoder",),
     "flashmem-plus": ("consolidator",),
@@ -179,7 +179,7 @@ def _scope(record: dict[str, Any], suite: str) -> str:
 
 def _check_source(record: dict[str, Any], method: str, named: str) -> None:
     found = record.get("memory", {}).get("source")
-    if found not in _SOURCES.get(method, _SOURCES["flashmem"]):
+    if found not in SOURCES.get(method, SOURCES["flashmem"]):
         raise UsageError(
             f"the checkpoint {named} is a {found} memory; this method needs one made by "
             f"`flashmem-bench train --method {method}`"

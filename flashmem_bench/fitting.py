@@ -25,7 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashmem_bench.checkpoints import JOINT, checkpoint_folder, read_record
+from flashmem_bench.checkpoints import JOINT, SOURCES, checkpoint_folder, read_record
 from flashmem_bench.errors import BenchError, UsageError
 from flashmem_bench.methods.base import BuildContext
 from flashmem_bench.models import model_key, training_threads
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from flashmem_bench.tasks import Sample, Suite
 
 TARGETS = ("gold", "self")
-TRAINABLE = ("flashmem", "flashmem-separate-encoder", "flashmem-plus", "memgen", "lora-sft", "prompt-tuning")
+TRAINABLE = tuple(SOURCES)
 _SELF_DRAWS = 4
 _SELF_TEMPERATURE = 0.8
 _SELF_BATCH = 16

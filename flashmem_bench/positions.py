@@ -17,9 +17,7 @@ class Encoded(NamedTuple):
     second: int = 0
 
 
-def encoded(
-    source: str | None, prompt: int, text: int, moments: Sequence[int], length: int, *, tail_cache: bool = True
-) -> Encoded:
+def encoded(source: str | None, prompt: int, text: int, moments: Sequence[int], length: int) -> Encoded:
     """Return the positions that one sample costs.
 
     Args:
@@ -29,7 +27,6 @@ def encoded(
         text: N, the end token included.
         moments: t_1, t_2, ..., ascending, within the text that is fed.
         length: K.
-        tail_cache: Of weaver-recompute: tokens behind the last memory are decoded with a cache.
     """
     m = len(moments) if source is not None else 0
     plain = prompt + text - 1 + length * m
@@ -41,18 +38,13 @@ def encoded(
         newest = before[-1] if before else 0
         return Encoded(plain, newest + length * m)
     if source == "weaver-recompute" and m:
-        return Encoded(_recomputed(before, moments, text, length, tail_cache), sum(before) + length * m)
+        return Encoded(_recomputed(before, moments, text, length), sum(before) + length * m)
     return Encoded(plain)
 
 
-def _recomputed(before: Sequence[int], moments: Sequence[int], text: int, length: int, tail_cache: bool) -> int:
+def _recomputed(before: Sequence[int], moments: Sequence[int], text: int, length: int) -> int:
     """Everything again for each memory; the fed tokens in between are one step each."""
     again = sum(before) + length * len(before)
-    whole = before[-1] + length
-    tail = text - 1 - moments[-1]
     # The prompt is first encoded with the first memory, if that stands at its end.
     first = 0 if moments[0] == 0 else before[0] - moments[0]
-    steps = moments[-1]
-    if tail_cache:
-        return first + again + steps + tail
-    return first + again + steps + sum(whole + i for i in range(1, tail + 1))
+    return first + again + text - 1
