@@ -1,24 +1,27 @@
 """The memories of an ablation that changes the memory itself: one for every value, suite and training seed.
 
 Each is trained on its suite alone, in the same minutes and with the same batches, as a recipe says, and lies below
-`<results>/checkpoints/<model>/<suite>/ablations/<axis>/<value>/<method>`, so that the same command trains none of them
-twice. It is measured whatever harm it does: an ablation wants to know.
+`<results>/checkpoints/<model>/<suite>/ablations`, in a folder named by what sets it apart from the recipe. So no
+command trains it twice, and axes that agree at a value, as most do at their reference, share one memory. It is measured
+whatever harm it does: an ablation wants to know.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flashmem_bench.errors import UnknownNameError
 from flashmem_bench.models import BUNDLED, model_key
 from flashmem_bench.recipes import Recipe, load_recipe
 from flashmem_bench.registry import get_method
 from flashmem_bench.reproduce import Parts, Place, Training, train_all
+from flashmem_bench.settings import resolve
 
 if TYPE_CHECKING:
-    from flashmem_bench.ablations import Axis, Point
+    from flashmem_bench.ablations import Point
     from flashmem_bench.fitting import FitResult, Watcher
     from flashmem_bench.session import Session
 
@@ -39,13 +42,12 @@ class Schedule:
 
 
 def train_point(
-    session: Session, axis: Axis, point: Point, suite: str, method: str, seed: int, schedule: Schedule, watcher: Watcher
+    session: Session, point: Point, suite: str, method: str, seed: int, schedule: Schedule, watcher: Watcher
 ) -> FitResult:
     """Train the memory of one value, unless it is there already.
 
     Args:
         session: Of the command; its backbone and suites are used.
-        axis: The axis.
         point: The value.
         suite: On which suite.
         method: Whose memory: one that `train` fits.
@@ -69,7 +71,8 @@ def train_point(
     place = Place(request.results_dir, request.data_dir, request.skip_bad_rows, request.trust_suite, request.command)
     parts = Parts(base.with_values(values), place)
     parts.share(session)
-    folder = point_folder(request.results_dir, request.model, suite, axis.name, point.text, method, seed)
+    own = request.results_dir / "checkpoints" / model_key(request.model) / suite.replace("/", "--") / "ablations"
+    folder = own / memory_name(parts.recipe, base, method) / method / f"seed{seed}"
     ((_, result),) = train_all(parts, [Training(method, (suite,), seed, folder)], watcher)
     return result
 
@@ -90,10 +93,24 @@ def base_recipe(model: str, suite: str, named: str | None) -> Recipe:
     return Recipe()
 
 
-def point_folder(results: Path, model: str, suite: str, axis: str, value: str, method: str, seed: int) -> Path:
-    """Return where the memory of a value lies."""
-    own = results / "checkpoints" / model_key(model) / suite.replace("/", "--") / "ablations"
-    return own / axis / value / method / f"seed{seed}"
+def memory_name(recipe: Recipe, base: Recipe, method: str) -> str:
+    """Name a memory by what its recipe changes in the one it started from, and by a digest of all that makes it."""
+    made, usual = _what_makes(recipe, method), _what_makes(base, method)
+    differences = [f"{key.rpartition('.')[2]}={value}" for key, value in made.items() if usual[key] != value]
+    digest = hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return "-".join([*differences, digest]).replace("/", "--")
+
+
+def _what_makes(recipe: Recipe, method: str) -> dict[str, Any]:
+    """Return everything of a recipe that a memory of a method depends on, seeds apart."""
+    spec = get_method(method)
+    settings = resolve(recipe.settings, fixed=spec.fixed, defaults=spec.defaults, method=method).flat()
+    training = recipe.train.model_dump(mode="json", exclude={"methods", "seeds", "scope", "out", "provisional"})
+    return {
+        **{key: value for key, value in settings.items() if key.startswith(("memory.", "monitor."))},
+        **{f"train.{key}": value for key, value in training.items()},
+        "train.targets": recipe.targets,
+    }
 
 
 def trained_method(method: str) -> str:

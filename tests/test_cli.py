@@ -259,6 +259,12 @@ def test_an_axis_of_memories_trains_each_value_once(bench, tmp_path, capsys):
     before = [path.stat().st_mtime_ns for path in weights]
     assert len(weights) == 2 and command([*line, "--quiet"]) == 0
     assert [path.stat().st_mtime_ns for path in weights] == before
+    other = [*line[:1], "consolidator-depth", *line[2:7], "1", *line[8:], "--quiet"]
+    assert other[5:8] == ["3", "--values", "1"] and command(other) == 0
+    found = sorted((results / "checkpoints").rglob("ablations/**/model.safetensors"))
+    assert found == weights, "the reference of another axis is the same memory"
+    sheet = build_tables(ResultStore(results))["ablations"]
+    assert set(sheet.loc[sheet["reference"], "axis"]) == {"memory-length", "consolidator-depth"}
 
 
 def test_partial_results_exit_3(bench, tmp_path, capsys, monkeypatch):

@@ -178,7 +178,7 @@ def _request_of(
         return dataclasses.replace(wanted, settings={**request.settings, **point.settings})
     with watching(quiet) as watcher:
         session.request = request
-        trained = train_point(session, sweep.axis, point, suite, trained_method(method), seed, sweep.schedule, watcher)
+        trained = train_point(session, point, suite, trained_method(method), seed, sweep.schedule, watcher)
     # The shape of the memory comes with its checkpoint.
     settings = {k: v for k, v in {**request.settings, **point.settings}.items() if not k.startswith("memory.")}
     return dataclasses.replace(wanted, settings=settings, checkpoint=str(trained.path))
