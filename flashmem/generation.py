@@ -40,6 +40,7 @@ from flashmem.trigger import ENTROPY_KINDS, PROMPT_END_KINDS, Gate, RowStep, Tri
 
 if TYPE_CHECKING:
     from flashmem.trace import TraceRecorder
+    from flashmem.trigger_model import TriggerModel
 
 __all__ = ["Clock", "Generation", "SampleContext", "Trigger", "generate"]
 
@@ -96,13 +97,14 @@ class Generation:
         finish_reason: "eos", "stop" (a stop string) or "length".
         positions_encoded: positions through the backbone: prompt + fed outputs + latents; more where the cache was
             dropped.
-        positions_woven: positions through a second model of the memory source.
+        positions_woven: positions through further models of the memory source.
         positions_evicted: positions of the prompt whose keys and values were dropped.
         triggers: the injections, in order.
         entropies: attention entropy at each decision step (prompt end, then after each token but the last), nats;
             empty for plain decoding without a trace.
         output_entropies: the same of the next-token distribution, where it was watched.
         above_threshold: decision steps at which the policy said yes, whatever cooldown and cap said; None without one.
+        verdicts: what a trained trigger said: text tokens emitted before, and whether it wanted a memory there.
         candidates: texts of all answers that were drawn, where this one won a vote; else empty.
         drawn_tokens: text tokens of all of them; None where there was no vote.
         memories: the `[K, d]` written, only if they were asked for.
@@ -119,6 +121,7 @@ class Generation:
     entropies: list[float] = field(default_factory=list)
     output_entropies: list[float] = field(default_factory=list)
     above_threshold: int | None = None
+    verdicts: list[tuple[int, bool]] = field(default_factory=list)
     candidates: list[str] = field(default_factory=list)
     drawn_tokens: int | None = None
     memories: list[Tensor] = field(default_factory=list)
@@ -249,7 +252,8 @@ class _Loop:
     def _open(self) -> DecodeState:
         """Encode the prompts. A source that drops the cache at the prompt end anyway gets them as they are."""
         drops = self.memory is not None and self.memory.drops_cache
-        if drops and self.trigger.kind in PROMPT_END_KINDS and self.trigger.max_injections != 0:
+        certain = self.trigger.kind in PROMPT_END_KINDS and self.trigger.max_injections != 0
+        if drops and certain and self._asked() is None:
             return self.backbone.gather(self.prompts)
         return self.prefill(self.prompts)
 
@@ -269,7 +273,7 @@ class _Loop:
             tokens, entropies, outputs = self._look(state)
         if not self.watch_attention:
             return tokens
-        chosen = self._decide(entropies, outputs)
+        chosen = self._decide(state, entropies, outputs)
         if not any(chosen):
             return tokens
         before, proposed = state.logits, tokens
@@ -296,8 +300,19 @@ class _Loop:
         entropies = host[1] if self.watch_attention else blank
         return [int(t) for t in host[0]], entropies, host[-1] if self.watch_output else blank
 
-    def _decide(self, entropies: list[float], outputs: list[float]) -> list[bool]:
-        chosen = []
+    def _asked(self) -> TriggerModel | None:
+        """Who has the last word on a memory, if anyone: MemGen's trained trigger knows delimiters alone."""
+        return self.memory.trigger_model if self.memory is not None and self.trigger.kind == "delimiter" else None
+
+    def _ask(self, model: TriggerModel, state: DecodeState, row: int) -> bool:
+        result = self.results[row]
+        ids = self.prompts[row] + result.token_ids
+        result.verdicts.append((result.output_tokens, model.says(ids)))
+        state.woven[row] += len(ids)
+        return result.verdicts[-1][1]
+
+    def _decide(self, state: DecodeState, entropies: list[float], outputs: list[float]) -> list[bool]:
+        chosen, model = [], self._asked()
         for row, result in enumerate(self.results):
             if not self.running[row]:
                 chosen.append(False)
@@ -307,7 +322,8 @@ class _Loop:
                 result.output_entropies.append(outputs[row])
             output = outputs[row] if self.watch_output else None
             step = RowStep(result.output_tokens, entropies[row], output, self.tails[row])
-            chosen.append(self.active_trigger and self.gates[row].decide(step))
+            ask = partial(self._ask, model, state, row) if model is not None else None
+            chosen.append(self.active_trigger and self.gates[row].decide(step, ask))
         if self.recorder is not None:
             self.recorder.decided(entropies, outputs, chosen, self.running)
         return chosen

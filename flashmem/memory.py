@@ -16,7 +16,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +25,9 @@ from torch import Tensor, nn
 
 from flashmem.backbone import Backbone, DecodeState
 from flashmem.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from flashmem.trigger_model import TriggerModel
 
 FORMAT_VERSION = 1
 _CHOICES = {
@@ -62,6 +65,7 @@ class MemoryConfig:
             parameters as a consolidator of these settings has; alpha is twice as much.
         reparam: a constant as it is ("none"), or behind a two-layer network with as many parameters as a consolidator
             ("mlp").
+        trained_trigger: a weaver comes with MemGen's trained trigger, which may refuse a memory at a delimiter.
     """
 
     source: Literal["consolidator", "separate-encoder", "constant", "weaver", "lora"] = "consolidator"
@@ -76,6 +80,7 @@ class MemoryConfig:
     encoder_layers: int | None = None
     encoder_rank: int | None = 8
     reparam: Literal["none", "mlp"] = "none"
+    trained_trigger: bool = False
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -127,14 +132,17 @@ class MemorySource(nn.Module):
         needs_history: the source re-encodes the input embeddings of the whole history.
         drops_cache: the backbone's cache is dropped at each memory and the whole sequence encoded again.
         tail_cache: after the last memory that the cap allows, tokens are decoded with a cache.
+        trigger_model: asked at each delimiter that may take a memory; None takes one there.
     """
 
     needs_history = False
     drops_cache = False
     tail_cache = True
+    trigger_model: TriggerModel | None
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
+        self.trigger_model = None
         self.config = config
         self.metadata: dict[str, Any] = {}
         self.backbone_id: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -185,14 +186,21 @@ class Gate:
     fired: int = 0
     _last: int | None = field(default=None, repr=False)
 
-    def decide(self, step: RowStep) -> bool:
-        """True when the row takes a memory now; counts it."""
+    def decide(self, step: RowStep, ask: Callable[[], bool] | None = None) -> bool:
+        """True when the row takes a memory now; counts it.
+
+        Args:
+            step: the row as it is.
+            ask: has the last word where policy, cap and cooldown allow a memory; not called elsewhere.
+        """
         if not self.policy.fires(step):
             return False
         self.fired += 1
         if self.max_injections is not None and self.injections >= self.max_injections:
             return False
         if self._last is not None and step.text_tokens - self._last < self.cooldown:
+            return False
+        if ask is not None and not ask():
             return False
         self.injections, self._last = self.injections + 1, step.text_tokens
         return True

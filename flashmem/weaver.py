@@ -22,6 +22,7 @@ from flashmem.backbone import Backbone, DecodeState
 from flashmem.encoder import adapt, copy_layers
 from flashmem.errors import ConfigError
 from flashmem.memory import MemoryConfig, MemoryContext, MemorySource
+from flashmem.trigger_model import TriggerModel
 
 _STATE = "weaver"
 
@@ -57,8 +58,10 @@ class WeaverMemory(MemorySource):
         self.inward, self.outward = nn.Linear(width, width), nn.Linear(width, width)
         if config.init == "inherited":
             _identity(self.inward)
-            _identity(self.outward)
+            _identity(self.outward, backbone.embedding_norm() / backbone.state_norm())
         self.at_prompt_end, self.in_answer = QueryBank(config.length, width), QueryBank(config.length, width)
+        if config.trained_trigger:
+            self.trigger_model = TriggerModel(backbone, config.encoder_rank)
         self.to(backbone.device, backbone.dtype)
         # In a tuple, so that the frozen weights are no parameters of this module.
         self.weaver = (weaver,)
@@ -98,6 +101,8 @@ class WeaverMemory(MemorySource):
         return self.outward(hidden[:, -self.config.length :])
 
 
-def _identity(linear: nn.Linear) -> None:
+def _identity(linear: nn.Linear, size: float = 1.0) -> None:
     nn.init.eye_(linear.weight)
+    with torch.no_grad():
+        linear.weight.mul_(size)
     nn.init.zeros_(linear.bias)

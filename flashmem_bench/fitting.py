@@ -194,6 +194,8 @@ def _new_memory(session: Session, wanted: FitRequest) -> MemorySource:
     from flashmem_bench.methods.latent import memory_config
 
     settings = memory_settings(session, wanted.method)
+    if settings.memory.trained_trigger:
+        raise UsageError("a trained trigger is fitted to a memgen memory that exists: train --trigger-of FOLDER")
     session.backbone.monitor = MonitorConfig(**settings.monitor.model_dump())
     torch.manual_seed(wanted.train.seed)
     return new_memory(memory_config(settings), session.backbone)

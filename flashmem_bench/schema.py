@@ -94,7 +94,7 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
     _c(
         "positions_woven",
         "int",
-        "Positions that went through a second model: a separate encoder, or MemGen's weaver.",
+        "Positions that went through a further model: a separate encoder, or MemGen's weaver and trained trigger.",
         "tokens",
     ),
     _c(

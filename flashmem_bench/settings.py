@@ -89,6 +89,9 @@ class MemorySettings(_Group):
     tail_cache: Annotated[
         bool, Field(description="memgen decodes with a cache behind its last memory; the released code does not")
     ] = True
+    trained_trigger: Annotated[
+        bool, Field(description="memgen's trained trigger may refuse a memory; it comes with the checkpoint")
+    ] = False
     checkpoint: Annotated[
         str | None, Field(description="folder or hub id of a trained memory, or untrained; none = the search order")
     ] = None

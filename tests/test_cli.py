@@ -37,6 +37,19 @@ BAD = [
     ("run --suite wordmath --method flashmem --model {model} --checkpoint {lora}", 2, "train --method flashmem"),
     ("run --suite wordmath --method lora-sft --model {model}", 1, "flashmem-bench train --method lora-sft"),
     ("train --method lora-sft --suite hops --model {model} --insertion mixed", 2, "leave insertion"),
+    (
+        "train --trigger-of {flashmem} --suite hops --model {model} --steps 1 --out {tmp}/o",
+        2,
+        "needs a memgen checkpoint",
+    ),
+    ("train --trigger-of {flashmem} --suite hops --model {model} --steps 1", 2, "needs --suite and --out"),
+    ("train --trigger-of {flashmem} --suite hops --model {model} --out {tmp}/o", 2, "needs --steps or --minutes"),
+    (
+        "train --trigger-of {flashmem} --insertion mixed --suite hops --steps 1 --out {tmp}/o",
+        2,
+        "does not read --insertion",
+    ),
+    ("train --method memgen --suite hops --model {model} --set memory.trained_trigger=true", 2, "--trigger-of FOLDER"),
     ("latency --method vanilla,cot-sc --model {model} --contexts 16", 2, "cot-sc is none of these"),
     ("run --suite wordmath --method vanilla --limit -3", 2, "--limit must be a whole number of at least 1"),
     ("run --suite wordmath --method vanilla --limit 0", 2, "at least 1"),
@@ -265,6 +278,28 @@ def test_an_axis_of_memories_trains_each_value_once(bench, tmp_path, capsys):
     assert found == weights, "the reference of another axis is the same memory"
     sheet = build_tables(ResultStore(results))["ablations"]
     assert set(sheet.loc[sheet["reference"], "axis"]) == {"memory-length", "consolidator-depth"}
+
+
+def test_a_trigger_is_fitted_to_a_memgen_memory(bench, tmp_path, capsys):
+    common = ["--model", str(bench.model), "--results-dir", str(tmp_path / "results"), "--quiet"]
+    weaver, both = tmp_path / "weaver", tmp_path / "both"
+    fit = ["train", "--suite", "hops-list", "--limit", "12", "--steps", "2", "--lr", "1e-3", *common]
+    memory = ["--method", "memgen", "--insertion", "delimiters", "--batch-size", "4", "--validation", "2"]
+    assert command([*fit, *memory, "--targets", "gold", "--set", "memory.length=2", "--out", str(weaver)]) == 0
+    assert command([*fit, "--trigger-of", str(weaver), "--out", str(both), "--json"]) == 0
+    facts = _json(capsys)["metadata"]
+    assert facts["method"] == "memgen" and facts["harm"] >= 0, "what was measured of the weaver is kept"
+    assert facts["trigger"]["steps"] == 2 and facts["trigger"]["suites"] == ["hops-list"]
+    run = ["run", "--suite", "hops-list", "--limit", "3", *common]
+    assert command([*run, "--method", "memgen,memgen-cached", "--checkpoint", str(both)]) == 0
+    assert command([*run, "--method", "memgen-cached", "--checkpoint", str(weaver)]) == 0
+    cells = {(c.get("method"), c.get("settings")["memory"]["trained_trigger"]): c.rows() for c in
+             ResultStore(tmp_path / "results").cells()}  # fmt: skip
+    assert set(cells) == {("memgen", True), ("memgen-cached", True), ("memgen-cached", False)}
+    asked, plain = cells["memgen-cached", True], cells["memgen-cached", False]
+    keys = ("score", "output_tokens", "triggers")
+    assert [[row[k] for k in keys] for row in asked] == [[row[k] for k in keys] for row in cells["memgen", True]]
+    assert sum(row["positions_woven"] for row in asked) > 0 and len(asked) == len(plain) == 3
 
 
 def test_partial_results_exit_3(bench, tmp_path, capsys, monkeypatch):

@@ -48,6 +48,12 @@ _Targets = Annotated[
 _TrainSeed = Annotated[str, typer.Option("--train-seed", help="Seed.", rich_help_panel=_PANEL)]
 _Validation = Annotated[str, typer.Option("--validation", help="Validation samples a suite.", rich_help_panel=_PANEL)]
 _Out = Annotated[o.Path | None, typer.Option("--out", help="Folder of the checkpoint.", rich_help_panel=_PANEL)]
+_TriggerOf = Annotated[
+    str | None,
+    typer.Option(
+        "--trigger-of", help="Fit MemGen's trained trigger to the memgen memory in this folder.", rich_help_panel=_PANEL
+    ),
+]
 _Provisional = Annotated[
     bool, typer.Option("--provisional", help="Usable by default whatever its harm.", rich_help_panel=_PANEL)
 ]
@@ -74,6 +80,7 @@ def train(
     validation: _Validation = "200",
     out: _Out = None,
     provisional: _Provisional = False,
+    trigger_of: _TriggerOf = None,
     device: o.Device = "auto",
     dtype: o.DType = "float32",
     set_: o.Set = None,
@@ -94,6 +101,8 @@ def train(
     from flashmem_bench.reproduce import Parts, Place
 
     values = _values(context.params)
+    if trigger_of is not None:
+        return _fit_trigger(context, values, trigger_of, json=json, quiet=quiet)
     if recipe is None:
         chosen = _plain_recipe(context.params).with_values(values)
     else:
@@ -166,6 +175,57 @@ def _values(given: dict[str, Any]) -> dict[str, Any]:
         "set_": parse_assignments(given["set_"] or []),
     }
     return {key: read[name] for key, name in _KEYS.items()}
+
+
+# What fitting a trigger reads; the other options say how a memory is fitted, and that is there already.
+_TRIGGER_OPTIONS = frozenset(
+    ("suite", "model", "limit", "minutes", "steps", "lr", "train_seed", "out", "trigger_of", "device", "dtype", "set_",
+     "data_dir", "skip_bad_rows", "trust_suite", "results_dir", "json", "quiet", "debug")
+)  # fmt: skip
+
+
+def _fit_trigger(context: typer.Context, values: dict[str, Any], weaver: str, *, json: bool, quiet: bool) -> int:
+    """Fit MemGen's trained trigger to a memgen checkpoint."""
+    from flashmem.trigger_training import TriggerTraining
+    from flashmem_bench.errors import UsageError
+    from flashmem_bench.session import Request, Session
+    from flashmem_bench.trigger_fitting import fit_trigger
+    from flashmem_bench.watch import watching
+
+    given = context.params
+    unread = sorted(name for name in given if name not in _TRIGGER_OPTIONS and _on_the_line(context, name))
+    if unread:
+        raise UsageError(f"--trigger-of fits a trigger and does not read --{unread[0].replace('_', '-')}; leave it out")
+    if given["out"] is None or not given["suite"]:
+        raise UsageError("--trigger-of needs --suite and --out, the folder of the checkpoint that has both")
+    minutes, steps = values["train.minutes"], values["train.steps"]
+    if minutes is None and steps is None:
+        raise UsageError("--trigger-of needs --steps or --minutes")
+    request = Request(
+        suites=o.known_suites(given["suite"]),
+        methods=("memgen",),
+        model=given["model"],
+        device=given["device"],
+        dtype=given["dtype"],
+        settings=values["settings"],
+        data_dir=given["data_dir"],
+        skip_bad_rows=given["skip_bad_rows"],
+        trust_suite=given["trust_suite"],
+        results_dir=given["results_dir"],
+        command=o.command_line(),
+    )
+    (seed,) = values["train.seeds"]
+    config = TriggerTraining(lr=values["train.lr"], steps=steps, minutes=minutes, seed=seed or 0)
+    with watching(quiet) as watcher:
+        found = fit_trigger(Session(request), weaver, config, given["out"], values["train.examples"], watcher)
+    facts = found.metadata["trigger"]
+    if json:
+        o.emit_json({"checkpoint": str(found.path), "metadata": found.metadata})
+    elif not quiet:
+        print(f"{facts['steps']} steps, reward {facts['reward_first']:.3f} to {facts['reward_last']:.3f}, memories at "
+              f"{facts['written_first']:.0%} to {facts['written_last']:.0%} of the places")  # fmt: skip
+        print(f"checkpoint: {found.path}")
+    return 0
 
 
 def _plain_recipe(given: dict[str, Any]) -> Any:

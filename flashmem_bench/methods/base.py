@@ -34,6 +34,13 @@ _TRIGGER_KEYS: dict[str, tuple[str, ...]] = {
     "random": ("rate",),
 }
 
+# Settings that one memory source alone reads.
+_OF_ONE_SOURCE = (
+    ("weaver", "memory.tail_cache"),
+    ("weaver", "memory.trained_trigger"),
+    ("constant", "memory.reparam"),
+)
+
 
 @dataclass(frozen=True)
 class ReferenceSample:
@@ -130,8 +137,8 @@ class MethodSpec:
         flat = settings.flat()
         kept = {key: value for key, value in flat.items() if key in self.uses or key.split(".")[0] in self.uses}
         kept.pop("memory.checkpoint", None)
-        # Settings that one source alone reads; elsewhere they cannot change an answer.
-        for source, key in (("weaver", "memory.tail_cache"), ("constant", "memory.reparam")):
+        # Elsewhere they cannot change an answer.
+        for source, key in _OF_ONE_SOURCE:
             if settings.memory.source != source:
                 kept.pop(key, None)
         reads = ("kind", "cooldown", "max_injections", *_TRIGGER_KEYS.get(settings.trigger.kind, ()))

@@ -7,7 +7,8 @@ the same trained weights, and its answers are the same.
 
 The cap counts the memory at the prompt end: 6 is 1 + 5, as in the released configuration. After it the released code
 decodes without a cache; `memory.tail_cache=false` does so too. That is a quirk of the program and not of the method,
-so it is off by default. The trained trigger is not there: the released evaluation scripts switch it off.
+so it is off by default. So is the trained trigger, as in the released evaluation scripts: it is there where a
+checkpoint comes with one (`train --trigger-of`).
 """
 
 from __future__ import annotations
