@@ -16,7 +16,6 @@ from flashmem.errors import ConfigError
 from flashmem.training_loss import step_entropies
 from flashmem.trigger import DELIMITERS
 
-_WINDOW = 16
 # Of every eight memories, how many go to the prompt end, anywhere, and where attention or next-token entropy is high.
 _SHARES = {"prompt-end": (8, 0, 0, 0), "mixed": (4, 2, 1, 1), "firing": (1, 1, 1, 5)}
 INSERTIONS = (*_SHARES, "delimiters")
@@ -58,19 +57,19 @@ class Placed:
 
 
 def batches(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[Example]]:
-    """Batches without end: of similar length, in a shuffled order, epoch after epoch."""
+    """Random batches without end, epoch after epoch.
+
+    Who shares a batch is left to chance alone: batches of similar length would each be of one suite or of one kind of
+    question, since length tells these apart, and the steps would pull against each other. Within a batch the examples
+    stand by length, so that micro batches need little padding.
+    """
     epoch = 0
     while True:
         order = random.Random(f"{seed}|{epoch}")
         indices = list(range(len(examples)))
         order.shuffle(indices)
-        found = []
-        for start in range(0, len(indices), size * _WINDOW):
-            window = sorted(indices[start : start + size * _WINDOW], key=lambda index: examples[index].length)
-            found += [window[i : i + size] for i in range(0, len(window), size)]
-        order.shuffle(found)
-        for batch in found:
-            yield [examples[i] for i in batch]
+        for start in range(0, len(indices), size):
+            yield sorted((examples[i] for i in indices[start : start + size]), key=lambda example: example.length)
         epoch += 1
 
 

@@ -27,7 +27,7 @@ from flashmem import (
 )
 from flashmem.memory import MemoryContext
 from flashmem.training import sequence_loss
-from flashmem.training_data import Lessons, Placed, high_place, in_pieces, place, split
+from flashmem.training_data import Lessons, Placed, batches, high_place, in_pieces, place, split
 from flashmem.training_loss import chained_loss, step_entropies
 from tests.flashmem.conftest import make_backbone, prompts_of
 
@@ -299,6 +299,19 @@ def test_each_step_takes_from_the_lesson_that_is_on_and_a_resumed_run_from_the_s
         assert [resumed.next(p) for p in progress[taken:]] == batches[taken:]
     mixed = Lessons(_examples(30), (), 30, seed=1)
     assert {e.lesson for e in mixed.next(0.0) + mixed.next(0.0)} == {0, 1, 2}
+
+
+def test_who_shares_a_batch_does_not_depend_on_length() -> None:
+    # Two kinds of question that length tells apart: batches by length would each be of one kind.
+    long_ones = [Example([7] * (9 if i % 2 else 6), [i, 2]) for i in range(320)]
+    stream = batches(long_ones, 32, seed=3)
+    epoch = [next(stream) for _ in range(10)]
+    assert sorted(e.target_ids[0] for batch in epoch for e in batch) == list(range(320)), "each once an epoch"
+    shares = [sum(len(e.prompt_ids) == 9 for e in batch) / 32 for batch in epoch]
+    assert 0.2 < min(shares) < max(shares) < 0.8
+    for batch in epoch:
+        lengths = [len(e.prompt_ids) for e in batch]
+        assert lengths == sorted(lengths), "so that micro batches need little padding"
 
 
 def test_lessons_that_cannot_be_given_are_refused() -> None:
