@@ -85,11 +85,11 @@ def base_recipe(model: str, suite: str, named: str | None) -> Recipe:
     """
     if named is not None:
         return load_recipe(named)
-    if model == BUNDLED:
+    for bundled in (f"{BUNDLED}-{suite}-ablations", f"{BUNDLED}-{suite}") if model == BUNDLED else ():
         try:
-            return load_recipe(f"{BUNDLED}-{suite}")
+            return load_recipe(bundled)
         except UnknownNameError:
-            pass
+            continue
     return Recipe()
 
 
