@@ -61,6 +61,8 @@ _PLACEBOS = ("flashmem-random-memory", "flashmem-shuffled-memory", "flashmem-mea
 _POLICIES = (
     "flashmem",
     "flashmem-random-trigger",
+    "flashmem-matched-fixed",
+    "flashmem-matched-output",
     "flashmem-output-entropy",
     "flashmem-fixed-trigger",
     "flashmem-no-monitor",
@@ -80,7 +82,7 @@ WITHOUT_TRAINING: tuple[Axis, ...] = (
     ),
     Axis(
         "trigger",
-        "who decides when; random moments are matched in number to flashmem",
+        "who decides when; random and matched ones write as many memories as flashmem",
         METHOD,
         _POLICIES,
         "flashmem",

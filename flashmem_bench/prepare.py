@@ -162,13 +162,10 @@ def _checkpoint(session: Session, spec: MethodSpec, suite: str) -> Checkpoint | 
 
 
 def _matched(settings: Settings, spec: MethodSpec, match: str, references: Mapping[str, ReferenceSample]) -> Settings:
-    """Put the rate that matches the reference cell into the settings, so that it names the cell."""
-    if spec.reference is None or match != "pooled":
-        return settings
-    from flashmem_bench.methods.flashmem_random_trigger import pooled_rate
-
-    rate = pooled_rate(references, settings.trigger.cooldown, settings.trigger.max_injections)
-    return settings.model_copy(update={"trigger": settings.trigger.model_copy(update={"rate": round(rate, 9)})})
+    """Put what matches a method to its reference cell over all samples into the settings: it names the cell."""
+    found = spec.match(match, settings, references) if spec.match is not None else {}
+    changed = {key.removeprefix("trigger."): value for key, value in found.items()}
+    return settings.model_copy(update={"trigger": settings.trigger.model_copy(update=changed)})
 
 
 def _reference_samples(session: Session, suite: Suite, reference: CellStore | None) -> dict[str, ReferenceSample]:
@@ -282,8 +279,9 @@ def _identity(
         identity["bank"] = bank
     if spec.reference is not None:
         identity["match"] = request.match
-        # Within a sample the moments are drawn over the reference's own; pooled, its rate says all.
-        identity["reference"] = reference.cell_id if reference is not None and request.match == "within" else None
+        # Within a sample the moments lie over the reference's own; over all samples the settings say it all.
+        within = spec.match is None or not spec.match(request.match, context.settings, context.reference)
+        identity["reference"] = reference.cell_id if reference is not None and within else None
     return identity
 
 

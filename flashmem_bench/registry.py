@@ -28,6 +28,8 @@ _BUILT_IN = (
     "flashmem-fixed-trigger",
     "flashmem-random-trigger",
     "flashmem-output-entropy",
+    "flashmem-matched-fixed",
+    "flashmem-matched-output",
     "flashmem-separate-encoder",
     "flashmem-plus",
     "flashmem-random-memory",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 
 from flashmem_bench.errors import UnknownNameError
 from flashmem_bench.methods.base import ReferenceSample
+from flashmem_bench.methods.flashmem_matched_fixed import even_positions
 from flashmem_bench.methods.flashmem_random_trigger import draw_positions, pooled_rate
 from flashmem_bench.registry import get_method, method_names
 from flashmem_bench.schema import SAMPLE_COLUMNS, column_names
@@ -53,6 +55,7 @@ def test_methods_do_what_their_names_say(on_hops_list):
     assert triggers["flashmem-prompt-end"] == [1, 1, 1]
     assert sum(triggers["flashmem"]) > 0
     assert triggers["flashmem-random-trigger"] == triggers["flashmem"]
+    assert triggers["flashmem-matched-fixed"] == triggers["flashmem"]
     assert all(row["train_seed"] == 7 for row in cells["flashmem"].rows)
     assert cells["vanilla"].rows[0]["threshold"] is None
     assert cells["flashmem"].rows[0]["threshold"] > 0
@@ -154,6 +157,30 @@ def test_draws_keep_count_and_cooldown_and_are_uniform():
     assert draw_positions(2, 6, 3, "7") == draw_positions(2, 6, 3, "7")
     assert draw_positions(0, 6, 3, "x") == ()
     assert draw_positions(3, 4, 3, "x") == (0, 3)
+
+
+def test_even_moments_keep_count_and_cooldown():
+    for steps, cooldown, count in ((1, 32, 1), (40, 32, 2), (100, 32, 2), (97, 1, 5), (9, 0, 9)):
+        found = even_positions(count, steps, cooldown)
+        gaps = [b - a for a, b in itertools.pairwise(found)]
+        assert len(found) == count and found[0] == 0 and found[-1] < steps
+        assert all(gap >= max(1, cooldown) for gap in gaps) and len(set(gaps)) <= 1
+    assert even_positions(0, 9, 32) == ()
+
+
+def test_matched_output_entropy_fires_at_the_rate_of_the_reference(bench, tmp_path):
+    results = bench.results(tmp_path / "results")
+    cells = bench.run(results, "hops-list", "flashmem-matched-output", limit=3)
+    assert [cell.method for cell in cells] == ["flashmem", "flashmem-matched-output"]
+    stored = {cell.get("method"): cell for cell in ResultStore(results).cells()}
+    texts = stored["flashmem"].texts()
+    reference = {
+        name: ReferenceSample(tuple(t["text_index"] for t in text["triggers"]), len(text["entropies"]))
+        for name, text in texts.items()
+    }
+    trigger = stored["flashmem-matched-output"].get("settings")["trigger"]
+    rate = pooled_rate(reference, trigger["cooldown"], trigger["max_injections"])
+    assert trigger["kind"] == "output-entropy" and trigger["percentile"] == round(100 * (1 - rate), 3)
 
 
 def test_pooled_rate_reproduces_the_number_of_memories():

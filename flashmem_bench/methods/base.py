@@ -64,7 +64,7 @@ class BuildContext:
         thresholds: tau by stratum; the key None serves every other stratum. Empty without an entropy trigger.
         bank: Memories of other samples, for the placebos.
         reference: What the cell that this one is matched to did, by sample id.
-        match: How a random trigger is matched: within or pooled.
+        match: How random moments are matched: within or pooled.
     """
 
     backbone: Backbone
@@ -120,6 +120,8 @@ class MethodSpec:
         uses: Groups of settings that can change its answers.
         needs_bank: It replaces memories by those of other samples.
         reference: Method whose cell must exist first, with the same settings and samples.
+        match: Dotted settings that match it to that cell over all samples, from `--match`, the settings and what the
+            cell did; empty where it is matched within each sample.
     """
 
     name: str
@@ -131,6 +133,7 @@ class MethodSpec:
     uses: tuple[str, ...] = ("sampling.temperature", "exec")
     needs_bank: bool = False
     reference: str | None = None
+    match: Callable[[str, Settings, Mapping[str, ReferenceSample]], dict[str, Any]] | None = None
 
     def relevant(self, settings: Settings) -> dict[str, Any]:
         """Return the dotted settings that can change this method's answers."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flashmem_bench.errors import BenchError
 from flashmem_bench.methods.base import BuildContext, Method, MethodSpec, ReferenceSample
@@ -20,6 +20,7 @@ from flashmem_bench.methods.latent import USES, LatentMethod, trained_memory, tr
 
 if TYPE_CHECKING:
     from flashmem.trigger import TriggerConfig
+    from flashmem_bench.settings import Settings
     from flashmem_bench.tasks import Sample
 
 REFERENCE = "flashmem"
@@ -54,6 +55,15 @@ def pooled_rate(reference: Mapping[str, ReferenceSample], cooldown: int, cap: in
     fired = sum(len(sample.text_indices) for sample in reference.values())
     eligible = sum(_eligible_steps(sample, cooldown, cap) for sample in reference.values())
     return min(1.0, fired / eligible) if eligible else 0.0
+
+
+def match(how: str, settings: Settings, reference: Mapping[str, ReferenceSample]) -> dict[str, Any]:
+    """Return the rate that matches random moments to the reference over all samples; within samples nothing."""
+    if how != "pooled":
+        return {}
+    return {
+        "trigger.rate": round(pooled_rate(reference, settings.trigger.cooldown, settings.trigger.max_injections), 9)
+    }
 
 
 def _eligible_steps(sample: ReferenceSample, cooldown: int, cap: int | None) -> int:
@@ -96,4 +106,5 @@ SPEC = MethodSpec(
     memory_of="flashmem",
     uses=USES,
     reference=REFERENCE,
+    match=match,
 )

@@ -42,6 +42,8 @@ _LOOKS = {
     "flashmem-fixed-trigger": Look(SKY, "s"),
     "flashmem-random-trigger": Look(SKY, "s", hollow=True),
     "flashmem-output-entropy": Look(GREEN, "P"),
+    "flashmem-matched-fixed": Look(SKY, "D", hollow=True),
+    "flashmem-matched-output": Look(GREEN, "P", hollow=True),
     "flashmem-separate-encoder": Look(BLUE, "X"),
     "flashmem-random-memory": Look(PURPLE, "o", hollow=True),
     "flashmem-shuffled-memory": Look(PURPLE, "D", hollow=True),
