@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,10 +9,10 @@ import typer
 from flashmem_bench.cli import options as o
 
 if TYPE_CHECKING:
-    from flashmem_bench.ablation_training import Schedule
-    from flashmem_bench.ablations import Axis, Point
+    from flashmem_bench.ablations import Axis
     from flashmem_bench.runner import CellResult
-    from flashmem_bench.session import Request, Session
+    from flashmem_bench.session import Request
+    from flashmem_bench.sweeps import Sweep
 
 
 def ablate(
@@ -60,6 +58,7 @@ def ablate(
     from flashmem_bench.registry import get_methods
     from flashmem_bench.session import Request
     from flashmem_bench.settings import parse_assignments
+    from flashmem_bench.sweeps import Sweep
 
     if list_:
         return _list_axes(json)
@@ -109,117 +108,25 @@ def _list_axes(json: bool) -> int:
     return show_rows(rows, json=json)
 
 
-@dataclasses.dataclass(frozen=True)
-class Sweep:
-    """An axis with its points, and how it trains if it does."""
-
-    axis: Axis
-    points: list[Point]
-    schedule: Schedule
-    train_seeds: tuple[int, ...]
-
-    def methods(self, request: Request, point: Point) -> tuple[str, ...]:
-        """Return the methods that a point runs."""
-        return (point.method,) if point.method else request.methods
-
-    @property
-    def seeds(self) -> tuple[int | None, ...]:
-        """Training seeds; one that is None where nothing is trained."""
-        return self.train_seeds if self.axis.trains else (None,)
-
-
 def run_axis(request: Request, sweep: Sweep, *, json: bool, quiet: bool) -> int:
     """Run every point of an axis and show the sheet."""
     from flashmem_bench.cli.run import conclude
     from flashmem_bench.runner import Interrupted
-    from flashmem_bench.session import Session
+    from flashmem_bench.sweeps import cost_sentence, refuse_unread, run_sweep
 
-    _refuse_unread(request, sweep.axis)
+    refuse_unread(request, sweep.axis)
     o.say(cost_sentence(request, sweep), quiet)
-    session, results = Session(request), []
-    _ = session.store
-    for point in sweep.points:
-        try:
-            results += _run_point(session, request, sweep, point, quiet)
-        except Interrupted:
-            o.say(f"interrupted; everything finished is stored. Continue with: {request.command}")
-            return 130
+    results: list[CellResult] = []
+    try:
+        for result in run_sweep(request, sweep, quiet):
+            results.append(result)
+    except Interrupted:
+        o.say(f"interrupted; everything finished is stored. Continue with: {request.command}")
+        return 130
     code = conclude(request, results, json=json, quiet=True)
     if not json and not quiet:
         _show(request, sweep.axis, results)
     return code
-
-
-def _run_point(session: Session, request: Request, sweep: Sweep, point: Point, quiet: bool) -> list[CellResult]:
-    """Run the cells of one value; where the axis trains, each with its own memory."""
-    from flashmem_bench.progress import progress_for
-    from flashmem_bench.runner import run_grid
-
-    mark = {"axis": sweep.axis.name, "value": point.text, "reference": point.reference}
-    if point.method:
-        mark["of"] = sweep.axis.reference
-    results: list[CellResult] = []
-    for suite, method, seed in itertools.product(request.suites, sweep.methods(request, point), sweep.seeds):
-        session.request = _request_of(session, request, sweep, point, (suite, method, seed), quiet)
-        results += run_grid(session.request, progress=progress_for(quiet), session=session, descr={"ablation": [mark]})
-    return [result for result in results if result.method in sweep.methods(request, point)]
-
-
-def _request_of(
-    session: Session, request: Request, sweep: Sweep, point: Point, cell: tuple[str, str, int | None], quiet: bool
-) -> Request:
-    """Return the request of one cell, its memory trained."""
-    from flashmem_bench.ablation_training import train_point, trained_method
-    from flashmem_bench.watch import watching
-
-    suite, method, seed = cell
-    wanted = dataclasses.replace(request, suites=(suite,), methods=(method,))
-    if seed is None:
-        return dataclasses.replace(wanted, settings={**request.settings, **point.settings})
-    with watching(quiet) as watcher:
-        session.request = request
-        trained = train_point(session, point, suite, trained_method(method), seed, sweep.schedule, watcher)
-    # The shape of the memory comes with its checkpoint.
-    settings = {k: v for k, v in {**request.settings, **point.settings}.items() if not k.startswith("memory.")}
-    return dataclasses.replace(wanted, settings=settings, checkpoint=str(trained.path))
-
-
-def _refuse_unread(request: Request, axis: Axis) -> None:
-    """Refuse a method that does not read the axis' setting: all of its cells would be the same."""
-    from flashmem_bench.ablations import METHOD
-    from flashmem_bench.errors import UsageError
-    from flashmem_bench.registry import get_methods
-    from flashmem_bench.settings import resolve
-
-    if axis.trains or axis.key == METHOD:
-        return
-    for spec in get_methods(request.methods):
-        settings = resolve({}, fixed=spec.fixed, method=spec.name)
-        if axis.key in spec.fixed:
-            raise UsageError(f"method {spec.name} fixes {axis.key}; choose another method for {axis.name}")
-        if axis.key not in spec.relevant(settings):
-            raise UsageError(f"method {spec.name} does not read {axis.key}; choose another method for {axis.name}")
-
-
-def cost_sentence(request: Request, sweep: Sweep) -> str:
-    """Say what the axis will cost before it is run, as far as earlier rows tell the time of a sample."""
-    from flashmem_bench.models import model_key
-    from flashmem_bench.store import ResultStore
-
-    axis = sweep.axis
-    arms = sum(len(sweep.methods(request, point)) for point in sweep.points)
-    cells = arms * len(request.suites) * len(sweep.seeds)
-    samples = cells * (request.limit or 0)
-    times = []
-    for cell in ResultStore(request.results_dir).cells():
-        if cell.get("suite") in request.suites and cell.get("model") == model_key(request.model):
-            times += [row["e2e_ms"] for row in cell.rows() if row.get("e2e_ms") is not None]
-    estimate = f", about {samples * sum(times) / len(times) / 6e4:.1f} minutes" if times else ""
-    trained = f"; {cells} memories of {sweep.schedule.minutes:g} minutes are trained first" if axis.trains else ""
-    return (
-        f"{axis.name}: {len(sweep.points)} values, {cells} cells of up to {request.limit} samples{estimate}{trained}; "
-        "what is finished is not made again"
-    )
 
 
 def _show(request: Request, axis: Axis, results: list[CellResult]) -> None:
