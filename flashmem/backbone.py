@@ -230,18 +230,10 @@ class Backbone:
             return float(table(sample).float().norm(dim=-1).mean())
 
     def stream_scale(self) -> float:
-        """Size of the residual stream before the final norm, with the state after it as the unit; a power of two."""
-        before, after = self._norms_at_the_end()
-        return 2.0 ** round(math.log2(float((before / after).median())))
+        """Size of the residual stream before the final norm, with the state after it as the unit; a power of two.
 
-    def state_norm(self) -> float:
-        """Median Euclidean norm of the states after the final norm."""
-        return float(self._norms_at_the_end()[1].median())
-
-    def _norms_at_the_end(self) -> tuple[Tensor, Tensor]:
-        """Norms of the stream before and after the final norm, of ids spread over the vocabulary.
-
-        The first positions are left out: attention sinks have streams of another size.
+        Measured on ids spread over the vocabulary. The first positions are left out: attention sinks have streams of
+        another size.
         """
         streams: list[Tensor] = []
         hook = self.decoder.norm.register_forward_pre_hook(lambda _, given: streams.append(given[0]))
@@ -252,7 +244,7 @@ class Backbone:
         finally:
             hook.remove()
         before, after = (x[0, 8:].float().norm(dim=-1).to("cpu") for x in (streams[0], after))
-        return before, after
+        return 2.0 ** round(math.log2(float((before / after).median())))
 
     def rotary(self, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine `[B, Q, d_h]` that a layer uses for positions `[B, Q]`."""

@@ -58,7 +58,7 @@ class WeaverMemory(MemorySource):
         self.inward, self.outward = nn.Linear(width, width), nn.Linear(width, width)
         if config.init == "inherited":
             _identity(self.inward)
-            _identity(self.outward, backbone.embedding_norm() / backbone.state_norm())
+            _identity(self.outward)
         self.at_prompt_end, self.in_answer = QueryBank(config.length, width), QueryBank(config.length, width)
         if config.trained_trigger:
             self.trigger_model = TriggerModel(backbone, config.encoder_rank)
@@ -101,8 +101,6 @@ class WeaverMemory(MemorySource):
         return self.outward(hidden[:, -self.config.length :])
 
 
-def _identity(linear: nn.Linear, size: float = 1.0) -> None:
+def _identity(linear: nn.Linear) -> None:
     nn.init.eye_(linear.weight)
-    with torch.no_grad():
-        linear.weight.mul_(size)
     nn.init.zeros_(linear.bias)
