@@ -22,7 +22,7 @@ from flashmem_bench.errors import BenchError
 from flashmem_bench.floor import Shape, decode_floor
 from flashmem_bench.models import BUNDLED
 from flashmem_bench.recipes import Recipe, Samples
-from flashmem_bench.registry import get_methods
+from flashmem_bench.registry import get_method, get_methods
 from flashmem_bench.settings import resolve
 
 _GIB = 2**30
@@ -95,24 +95,35 @@ class Costs:
         """Bytes of a weight."""
         return 4 if self.recipe.dtype == "auto" and self.recipe.model == BUNDLED else _BYTES[self.recipe.dtype]
 
-    @property
-    def memory(self) -> Any:
-        """The recipe's settings of the memory."""
-        return resolve({k: v for k, v in self.recipe.settings.items() if not k.startswith("suite.")}).memory
+    def memory(self, method: str = "flashmem") -> Any:
+        """The settings of a method's memory under the recipe."""
+        spec = get_method(method)
+        own = {k: v for k, v in self.recipe.settings.items() if not k.startswith("suite.")}
+        return resolve(own, fixed=spec.fixed, defaults=spec.defaults, method=method).memory
 
-    @property
-    def depth(self) -> int:
-        """Blocks of the consolidator."""
-        return self.memory.depth or self.shape.layers
+    def second_model(self, method: str) -> bool:
+        """Whether a copy of the backbone stands beside it."""
+        return self.memory(method).source in ("separate-encoder", "weaver")
 
     def learned(self, method: str) -> int:
-        """Parameters that training fits: blocks, the two maps of the seed, the output map, LoRA of an encoder."""
-        blocks = self.depth * self.shape.block_weights + 3 * self.shape.width**2
-        if method != "flashmem-separate-encoder":
-            return blocks
+        """Parameters that training fits.
+
+        A consolidator has its blocks, the two maps of the seed and the output map; a separate encoder LoRA as well. A
+        weaver has LoRA, two maps and two banks of queries, and `lora-sft` as many as a consolidator, in LoRA.
+        """
+        memory, width = self.memory(method), self.shape.width
+        blocks = (memory.depth or self.shape.layers) * self.shape.block_weights + 3 * width**2
         heads = (self.shape.heads + self.shape.kv_heads) * self.shape.head_width
-        layers = self.memory.encoder_layers or self.shape.layers
-        return blocks + layers * self.memory.encoder_rank * (2 * self.shape.width + heads)
+        adapters = (memory.encoder_layers or self.shape.layers) * (memory.encoder_rank or 0) * (2 * width + heads)
+        match memory.source:
+            case "separate-encoder":
+                return blocks + adapters
+            case "weaver":
+                return adapters + 2 * width * (width + 1) + 2 * (memory.length + 2) * width + 2
+            case "constant":
+                return memory.length * width + (blocks if memory.reparam == "mlp" else 0)
+            case _:
+                return blocks
 
     def attention(self, context: float) -> float:
         """Operations of a position's attention over `context` positions."""
@@ -143,13 +154,13 @@ class Costs:
 
     def training_flops(self, method: str) -> float:
         """Operations of one training example."""
-        plan, length = self.recipe.plan, self.memory.length
+        plan, length = self.recipe.plan, self.memory(method).length
         tail = length + plan.answer_tokens
         context = plan.prompt_tokens + tail / 2
         # Forward and backward; forward again for checkpointed layers, and for the plain pass that `keep` compares with.
         passes = 2 + self.recipe.train.activation_checkpointing + (self.recipe.train.keep > 0)
         prefix = plan.prompt_tokens * (2 * self.met + self.attention(plan.prompt_tokens / 2))
-        encoder = 3 * prefix if method == "flashmem-separate-encoder" else 0.0
+        encoder = 3 * prefix if self.second_model(method) else 0.0
         return (
             prefix
             + encoder
@@ -160,7 +171,7 @@ class Costs:
     def decode_memory(self, batch: int, copies: int = 1) -> float:
         """Peak bytes of decoding."""
         plan = self.recipe.plan
-        context = plan.prompt_tokens + plan.answer_tokens + self.memory.length * plan.triggers
+        context = plan.prompt_tokens + plan.answer_tokens + self.memory().length * plan.triggers
         # A cache grows by concatenation: old and new stand side by side for one layer; logits are float32.
         return (
             copies * self.weights * self.element
@@ -172,12 +183,12 @@ class Costs:
         """Peak bytes of one training process."""
         plan, train, shape = self.recipe.plan, self.recipe.train, self.shape
         rows = min(train.micro_batch_size or train.batch_size, train.batch_size)
-        tail = self.memory.length + plan.answer_tokens
+        tail = self.memory(method).length + plan.answer_tokens
         # What autograd keeps of a layer and position: norms, q, k, v, output, and three times the FFN.
         layer = 6 * shape.width + 2 * shape.head_width * (shape.heads + 2 * shape.kv_heads) + 4 * shape.ffn
         kept = shape.layers * shape.width + layer if train.activation_checkpointing else shape.layers * layer
         cache = self.cache_bytes(plan.prompt_tokens + tail) * (1 if train.activation_checkpointing else 2)
-        copies = 2 if method == "flashmem-separate-encoder" else 1
+        copies = 2 if self.second_model(method) else 1
         # float32: master, gradient, two moments. The logits stand there thrice: in the dtype, as float32, as gradient.
         return (
             copies * self.weights * self.element
@@ -303,22 +314,26 @@ def _arms(costs: Costs, samples: Samples) -> list[Phase]:
         context=plan.prompt_tokens,
         text_tokens=plan.answer_tokens,
         injections=max(1, round(plan.triggers)),
-        length=costs.memory.length,
-        depth=costs.depth,
+        length=costs.memory().length,
+        depth=costs.memory().depth or costs.shape.layers,
         element_bytes=costs.element,
     )
     found = []
     for spec in get_methods(recipe.run.methods):
         trained = spec.memory_of in recipe.train.methods
         times = len(recipe.run.seeds) * (len(recipe.train.seeds) if trained else 1)
-        factor = floor.bytes_ratio if spec.memory_of else 1.0
+        latents = spec.memory_of is not None and costs.memory(spec.name).source != "lora"
+        factor = floor.bytes_ratio if latents else 1.0
         seconds = times * number * costs.answer_s(recipe.run.batch_size, factor)
-        if spec.memory_of == "flashmem-separate-encoder":
-            seconds += times * number * plan.triggers * costs.prefill_s(plan.prompt_tokens + plan.answer_tokens / 2)
-        copies = 2 if spec.memory_of == "flashmem-separate-encoder" else 1
+        second = latents and costs.second_model(spec.name)
+        # What encodes the history again does so at each memory, but for `memgen-cached`; `memgen` does it twice.
+        passes = {"memgen": 2 * plan.triggers, "memgen-cached": 1}.get(spec.name, plan.triggers) if second else 0
+        seconds += times * number * passes * costs.prefill_s(plan.prompt_tokens + plan.answer_tokens / 2)
+        copies = 2 if second else 1
         disk = times * number * (_ROW_BYTES + plan.answer_tokens * _TEXT_BYTES_A_TOKEN) / _GIB
-        why = f"{times} x {number} samples" + (f", decode x {factor:.3g} by bytes" if spec.memory_of else "")
-        memory = (costs.decode_memory(recipe.run.batch_size, copies) + 4.0 * costs.learned("flashmem")) / _GIB
+        why = f"{times} x {number} samples" + (f", decode x {factor:.3g} by bytes" if latents else "")
+        own = 4.0 * costs.learned(spec.name) if latents else 0.0
+        memory = (costs.decode_memory(recipe.run.batch_size, copies) + own) / _GIB
         found.append(Phase(f"run {spec.name}", times * number, _hours(costs, seconds), memory, disk, why))
     return found
 

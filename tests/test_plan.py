@@ -38,11 +38,18 @@ def test_parameters_are_those_of_the_real_module() -> None:
 
     backbone = make_backbone("qwen3")
     shape = Shape.of(backbone.config)
-    costs = planning.Costs(_recipe(), shape, False, DEVICE)
+    costs = planning.Costs(_recipe().with_values({"settings": {}}), shape, False, DEVICE)
     counted = sum(p.numel() for p in backbone.model.parameters())
     assert costs.weights == pytest.approx(counted, rel=0.02)
-    for source, method in (("consolidator", "flashmem"), ("separate-encoder", "flashmem-separate-encoder")):
-        learned = sum(p.numel() for p in new_memory(MemoryConfig(source=source), backbone).trained().values())
+    for method, config in (
+        ("flashmem", MemoryConfig()),
+        ("flashmem-plus", MemoryConfig(depth=None)),
+        ("flashmem-separate-encoder", MemoryConfig(source="separate-encoder")),
+        ("memgen", MemoryConfig(source="weaver", encoder_rank=16)),
+        ("lora-sft", MemoryConfig(source="lora", encoder_rank=None)),
+        ("prompt-tuning", MemoryConfig(source="constant")),
+    ):
+        learned = sum(p.numel() for p in new_memory(config, backbone).trained().values())
         assert costs.learned(method) == pytest.approx(learned, rel=0.03)
     with torch.device("meta"):
         config = AutoConfig.for_model(
