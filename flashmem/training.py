@@ -33,7 +33,7 @@ from flashmem.lora import LoRA
 from flashmem.memory import MemorySource
 from flashmem.placement import Processes
 from flashmem.training_curves import TrainStep, write_curves
-from flashmem.training_data import INSERTIONS, Example, Lessons, Placed, examples_hash, in_pieces, place, split
+from flashmem.training_data import INSERTIONS, Example, Lessons, Placed, cut, examples_hash, place
 from flashmem.training_loss import adapted_loss, chained_loss, sequence_loss, target_entropies
 from flashmem.training_state import EarlyStopping, TrainState
 
@@ -254,7 +254,7 @@ class _Trainer:
         for group in self.state.optimiser.param_groups:
             group["lr"] = rate
         self.state.optimiser.zero_grad(set_to_none=True)
-        loss, tokens = self._backward(self._placed(batch, f"insert|{step}"))
+        loss, tokens = self._backward(place(batch, self.config.insertion, f"{self.config.seed}|insert|{step}"))
         norm = torch.nn.utils.clip_grad_norm_(list(self.state.parameters.values()), self.config.clip)
         self.state.optimiser.step()
         before = self.state.curve[-1].target_tokens if self.state.curve else 0
@@ -267,7 +267,8 @@ class _Trainer:
 
     def _backward(self, rows: Sequence[Placed]) -> tuple[float, int]:
         """Leave the gradient of a whole step in the parameters; returns its mean loss and its target tokens."""
-        parts = [self._cut(part) for part in self._parts(rows, len(rows))]
+        insertion, horizon = self.config.insertion, self.config.horizon
+        parts = [cut(self.backbone, part, insertion, horizon) for part in self._parts(rows, len(rows))]
         mine = sum(len(piece) for _, answers in parts for pieces in answers for piece in pieces)
         tokens = round(float(self.processes.sum(torch.tensor([float(mine)]))[0]))
         total = torch.zeros(1, device=self.backbone.device)
@@ -276,19 +277,6 @@ class _Trainer:
             loss.backward()
             total += loss.detach()
         return self._sum_gradients(total), tokens
-
-    def _placed(self, examples: Sequence[Example], key: str) -> list[Placed]:
-        if self.config.insertion == "delimiters":
-            return [Placed(example, 0) for example in examples]
-        return place(examples, self.config.insertion, f"{self.config.seed}|{key}")
-
-    def _cut(self, rows: Sequence[Placed]) -> tuple[list[list[int]], list[list[list[int]]]]:
-        """What lies before the first memory of each row, and the pieces of the answer, each with a memory before it."""
-        if self.config.insertion == "delimiters":
-            answers = [in_pieces(self.backbone, row.example.target_ids) for row in rows]
-            return [row.example.prompt_ids for row in rows], answers
-        prefixes, targets = split(self.backbone, rows, self.config.horizon)
-        return prefixes, [[target] for target in targets]
 
     def _parts(self, rows: Sequence[Placed], most: int) -> list[list[Placed]]:
         """This process's micro batches. Neighbours are of similar length, so every n-th row makes equal shares."""
@@ -302,7 +290,7 @@ class _Trainer:
         with torch.autocast(self.backbone.device.type, self.backbone.dtype, enabled=mixed):
             if isinstance(self.memory, LoRA):
                 return adapted_loss(self.backbone, self.memory, prefixes, [pieces[0] for pieces in answers])
-            if self.config.insertion == "delimiters":
+            if any(len(pieces) > 1 for pieces in answers):
                 return chained_loss(self.backbone, self.memory, prefixes, answers)
             targets = [pieces[0] for pieces in answers]
             return sequence_loss(
@@ -324,11 +312,11 @@ class _Trainer:
     def _validate(self) -> None:
         """Measure the validation loss, note it in the curve and in the early stopping."""
         self.memory.eval()
-        rows = self._placed(self.validation, "validation")
+        rows = place(self.validation, self.config.insertion, f"{self.config.seed}|validation")
         counted = torch.zeros(2, dtype=torch.float32)
         with torch.no_grad():
             for part in self._parts(rows, self.config.batch_size):
-                loss, tokens = self._loss(*self._cut(part))
+                loss, tokens = self._loss(*cut(self.backbone, part, self.config.insertion, self.config.horizon))
                 counted += torch.tensor([float(loss), float(tokens)])
         self.memory.train()
         loss, tokens = self.processes.sum(counted).tolist()

@@ -114,10 +114,11 @@ def place(batch: Sequence[Example], insertion: str, key: str) -> list[Placed]:
         insertion: prompt-end; or mixed: half at the prompt end, a quarter anywhere, and a quarter where a trigger
             fires, at one of the steps whose attention entropy (or, in half of the cases, next-token entropy) is
             above the 85th percentile of the answer; or firing: three quarters where a trigger fires, most of them by
-            next-token entropy, and an eighth each at the prompt end and anywhere.
+            next-token entropy, and an eighth each at the prompt end and anywhere; or delimiters: the first at the
+            prompt end (see `cut` for the others).
         key: seed of the draws.
     """
-    if insertion == "prompt-end":
+    if insertion in ("prompt-end", "delimiters"):
         return [Placed(example, 0) for example in batch]
     chance = random.Random(key)
     return [_placed(example, _SHARES[insertion], chance) for example in batch]
@@ -130,6 +131,19 @@ def _placed(example: Example, shares: Sequence[int], chance: random.Random) -> P
     if where == "end" or length < 2:
         return Placed(example, 0)
     return Placed(example, int(draw * length)) if where == "any" else Placed(example, None, where, draw)
+
+
+def cut(
+    backbone: Backbone, rows: Sequence[Placed], insertion: str, horizon: int | None = None
+) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """What lies before the first memory of each row, and the answer behind it in pieces, each with a memory before it.
+
+    There is one piece, unless memories stand at delimiters.
+    """
+    if insertion == "delimiters":
+        return [r.example.prompt_ids for r in rows], [in_pieces(backbone, r.example.target_ids) for r in rows]
+    prefixes, targets = split(backbone, rows, horizon)
+    return prefixes, [[target] for target in targets]
 
 
 def in_pieces(backbone: Backbone, target_ids: list[int]) -> list[list[int]]:
