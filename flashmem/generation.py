@@ -332,7 +332,8 @@ class _Loop:
         assert self.memory is not None
         counts = [gate.injections - hit for gate, hit in zip(self.gates, chosen, strict=True)]
         with self.clock.phase("consolidate"):
-            latents = self.memory(MemoryContext(self.backbone, state, counts, self.samples))
+            emitted = [result.output_tokens for result in self.results]
+            latents = self.memory(MemoryContext(self.backbone, state, counts, self.samples, emitted))
         for row in [r for r, hit in enumerate(chosen) if hit]:
             result = self.results[row]
             # Counted on the host: reading the device's position here would cost a synchronisation.

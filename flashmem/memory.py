@@ -115,12 +115,19 @@ class MemoryContext:
         state: the batch under way; sources read, never write.
         injections: how many memories each row has taken before this one.
         samples: who the rows are, or None.
+        emitted: text tokens of each row so far; None where memories are written in a row from the prompt end on.
     """
 
     backbone: Backbone
     state: DecodeState
     injections: list[int]
     samples: list[SampleContext] | None = None
+    emitted: list[int] | None = None
+
+    @property
+    def inside(self) -> list[bool]:
+        """Whether each row is inside its answer rather than at the prompt end."""
+        return [n > 0 for n in (self.injections if self.emitted is None else self.emitted)]
 
 
 class MemorySource(nn.Module):

@@ -80,20 +80,20 @@ class WeaverMemory(MemorySource):
         if own is None:
             own = weaver.empty_state(state.batch_size, ragged=state.ragged)
         before = list(own.encoded)
-        latents = self._pass(weaver, own, state, context.injections)
+        latents = self._pass(weaver, own, state, context.inside)
         state.woven = [n + now - then for n, now, then in zip(state.woven, own.encoded, before, strict=True)]
         if self.cached:
             weaver.crop(own, self.config.length)
             state.kept[_STATE] = own
         return latents
 
-    def _pass(self, weaver: Backbone, own: DecodeState, state: DecodeState, injections: list[int]) -> Tensor:
+    def _pass(self, weaver: Backbone, own: DecodeState, state: DecodeState, inside: list[bool]) -> Tensor:
         """One causal pass over what the weaver has not seen yet and the queries behind it."""
         seen = own.positions.shape[1]
         assert state.inputs is not None
         fresh = self.inward(torch.cat(state.inputs, 1)[:, seen:])
-        first = torch.tensor([n == 0 for n in injections], device=weaver.device)[:, None, None]
-        queries = torch.where(first, self.at_prompt_end(), self.in_answer())
+        bank = torch.tensor(inside, device=weaver.device)[:, None, None]
+        queries = torch.where(bank, self.in_answer(), self.at_prompt_end())
         real = None
         if state.ragged:
             real = nn.functional.pad(state.positions[:, seen:] >= 0, (0, self.config.length), value=True)

@@ -69,6 +69,21 @@ def test_it_refuses_memories_at_delimiters_and_nowhere_else() -> None:
     assert not other.verdicts and len(other.triggers) == 2, "it knows delimiters alone"
 
 
+def test_a_memory_inside_the_answer_has_the_bank_for_that_also_where_the_first_was_refused() -> None:
+    backbone = make_backbone()
+    memory = _grown(backbone)
+    said = iter([False, True])
+    memory.trigger_model.says = lambda ids: next(said)
+    text = "a, b"
+    trigger = TriggerConfig(kind="delimiter", cooldown=0, max_injections=1)
+    seen = []
+    memory.register_forward_hook(lambda _, given, out: seen.append(given[0].inside))
+    backbone.tokenizer.decode, plain = lambda ids, **_: text[: 2 * len(ids)], backbone.tokenizer.decode
+    (run,) = generate(backbone, prompts_of(9), memory=memory, generation_config=GREEDY, trigger=trigger)
+    backbone.tokenizer.decode = plain
+    assert run.verdicts == [(0, False), (1, True)] and seen == [[True]]
+
+
 def test_dropping_the_cache_changes_the_cost_and_nothing_else() -> None:
     backbone = make_backbone()
     for verdict in (True, False):
