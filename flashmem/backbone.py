@@ -333,6 +333,32 @@ class Backbone:
         state.inputs = [embeds]
         return state
 
+    def row_caches(self, state: DecodeState) -> list[Tensor]:
+        """The keys and values of each row without its padding, `[N, 2, G, T, d_h]` with a T of its own; copies.
+
+        Raises:
+            ConfigError: the layers' keys and values differ in shape, or lie on several devices.
+        """
+        layers = [torch.stack([entry.keys, entry.values]) for entry in state.cache.layers]
+        if len({(layer.shape, layer.device) for layer in layers}) > 1:
+            raise ConfigError(f"The layers of {self.name} have caches of several shapes or devices.")
+        whole, real = torch.stack(layers), state.positions >= 0
+        return [whole[:, :, row][:, :, :, real[row].to(whole.device)] for row in range(state.batch_size)]
+
+    def restore(self, prompts: list[list[int]], caches: list[Tensor], hidden: Tensor) -> DecodeState:
+        """The state that `prefill` left of prompts, from the caches of their rows and their last states `[B, d]`."""
+        state = self.gather(prompts)
+        layers, _, heads, _, width = caches[0].shape
+        slots = state.positions.shape[1]
+        whole = caches[0].new_zeros(layers, 2, len(prompts), heads, slots, width)
+        for row, cache in enumerate(caches):
+            whole[:, :, row, :, slots - cache.shape[3] :] = cache
+        for index, (keys, values) in enumerate(whole):
+            state.cache.update(keys, values, index)
+        state.encoded = [len(prompt) for prompt in prompts]
+        self._settle(state, hidden[:, None], None)
+        return state
+
     def reencode(
         self, state: DecodeState, embeds: Tensor, rows: Tensor | None = None, *, latents: bool = False
     ) -> None:

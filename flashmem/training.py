@@ -32,6 +32,7 @@ from flashmem.errors import ConfigError
 from flashmem.lora import LoRA
 from flashmem.memory import MemorySource
 from flashmem.placement import Processes
+from flashmem.prefixes import PrefixStore
 from flashmem.training_curves import TrainStep, write_curves
 from flashmem.training_data import INSERTIONS, Example, Lessons, Placed, cut, examples_hash, place
 from flashmem.training_loss import adapted_loss, chained_loss, sequence_loss, target_entropies
@@ -40,7 +41,7 @@ from flashmem.training_state import EarlyStopping, TrainState
 __all__ = ["Example", "TrainConfig", "TrainReport", "TrainStep", "sequence_loss", "target_entropies", "train_memory"]
 
 # What has no part in the mathematics of a step, so that a run may continue with another value of it.
-_FREE = ("micro_batch_size", "activation_checkpointing")
+_FREE = ("micro_batch_size", "activation_checkpointing", "prefix_gib")
 _SAVE_EVERY_S = 30.0
 # Writing the state of a large memory takes seconds: never more than this share of the time.
 _SAVE_SHARE = 0.05
@@ -70,6 +71,7 @@ class TrainConfig:
             paper's loss.
         horizon: target tokens after M that count, since in a long answer a memory before one token drowns among those
             that it cannot help; None is all of them, the paper's loss.
+        prefix_gib: encoded prefixes are kept for later epochs, up to so many GiB; 0 encodes them again at every step.
         patience: measurements without a new lowest loss after which training stops; None never stops early.
     """
 
@@ -90,12 +92,14 @@ class TrainConfig:
     keep: float = 0.0
     lessons: tuple[float, ...] = ()
     horizon: int | None = None
+    prefix_gib: float = 0.0
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.batch_size < 1 or self.epochs <= 0 or not 0 <= self.warmup < 1:
             raise ConfigError("Training needs lr > 0, batch_size >= 1, epochs > 0 and warmup from 0 to below 1.")
-        if self.keep < 0:
-            raise ConfigError(f"keep is {self.keep}; it must be 0 or more.")
+        for name in ("keep", "prefix_gib"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
         if self.insertion not in INSERTIONS:
             raise ConfigError(f"insertion is {self.insertion!r}; use one of {', '.join(INSERTIONS)}.")
         for name in ("micro_batch_size", "validate_every", "patience", "horizon"):
@@ -206,6 +210,8 @@ class _Trainer:
         self.state = TrainState(parameters, optimiser, EarlyStopping(config.patience))
         per_epoch = math.ceil(len(examples) / config.batch_size)
         self.total = config.max_steps or max(1, round(config.epochs * per_epoch))
+        store = PrefixStore(backbone, int(config.prefix_gib * 2**30)) if config.prefix_gib else None
+        self.prefill = store.prefill if store is not None else None
         self._started = time.monotonic()
         self._before = 0.0
 
@@ -291,10 +297,16 @@ class _Trainer:
             if isinstance(self.memory, LoRA):
                 return adapted_loss(self.backbone, self.memory, prefixes, [pieces[0] for pieces in answers])
             if any(len(pieces) > 1 for pieces in answers):
-                return chained_loss(self.backbone, self.memory, prefixes, answers)
+                return chained_loss(self.backbone, self.memory, prefixes, answers, self.prefill)
             targets = [pieces[0] for pieces in answers]
             return sequence_loss(
-                self.backbone, self.memory, prefixes, targets, recompute=recompute, keep=self.config.keep
+                self.backbone,
+                self.memory,
+                prefixes,
+                targets,
+                recompute=recompute,
+                keep=self.config.keep,
+                prefill=self.prefill,
             )
 
     def _sum_gradients(self, loss: Tensor) -> float:

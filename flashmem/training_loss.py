@@ -7,6 +7,7 @@ entropies of a teacher-forced answer, attention's and the next token's, which sa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -19,6 +20,8 @@ from flashmem.memory import MemoryContext, MemorySource
 from flashmem.training_recompute import prefix_of, recomputing
 
 _IGNORE = -100
+# Encodes prefixes as `Backbone.prefill` does.
+Prefill = Callable[..., DecodeState]
 
 
 def sequence_loss(
@@ -29,6 +32,7 @@ def sequence_loss(
     *,
     recompute: bool = False,
     keep: float = 0.0,
+    prefill: Prefill | None = None,
 ) -> tuple[Tensor, int]:
     """Cross-entropy of the targets after [prefix, M], summed over tokens, and the number of tokens.
 
@@ -42,9 +46,10 @@ def sequence_loss(
         targets: token ids after M, each at least one long.
         recompute: keep no activations of the layers, run them again in the backward pass.
         keep: weight of that divergence; 0 is the paper's loss.
+        prefill: encodes the prefixes in the place of `Backbone.prefill`.
     """
     with torch.no_grad():
-        state = backbone.prefill(prefixes, keep_inputs=memory.needs_history)
+        state = (prefill or backbone.prefill)(prefixes, keep_inputs=memory.needs_history)
         ids, labels = _right_pad(targets, backbone)
         plain = _plain_logits(backbone, state, ids) if keep else None
     with recomputing(backbone, memory, state) if recompute else nullcontext():
@@ -63,7 +68,11 @@ def sequence_loss(
 
 
 def chained_loss(
-    backbone: Backbone, memory: MemorySource, prompts: list[list[int]], pieces: list[list[list[int]]]
+    backbone: Backbone,
+    memory: MemorySource,
+    prompts: list[list[int]],
+    pieces: list[list[list[int]]],
+    prefill: Prefill | None = None,
 ) -> tuple[Tensor, int]:
     """Cross-entropy of answers with a memory before each of their pieces, summed over tokens, and their number.
 
@@ -74,9 +83,10 @@ def chained_loss(
         memory: writes each memory from the state before its piece.
         prompts: token ids.
         pieces: of each row the token ids of its answer in parts, one or more, none empty.
+        prefill: encodes the prompts in the place of `Backbone.prefill`.
     """
     with torch.no_grad():
-        state = backbone.prefill(prompts, keep_inputs=memory.needs_history)
+        state = (prefill or backbone.prefill)(prompts, keep_inputs=memory.needs_history)
     total, tokens = torch.zeros((), device=backbone.device), 0
     for index in range(max(len(row) for row in pieces)):
         latents = memory(MemoryContext(backbone, state, [index] * len(prompts)))

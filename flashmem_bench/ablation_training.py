@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from flashmem_bench.session import Session
 
 DEFAULT_MINUTES = 5.0
+# Parts of a recipe's training that say nothing of one memory, or nothing that changes it.
+_NO_MATTER = {
+    "methods", "seeds", "scope", "out", "provisional", "micro_batch_size", "activation_checkpointing", "prefix_gib"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,28 @@ class Schedule:
     """How the memories of an ablation are trained.
 
     Attributes:
-        minutes: Of each.
+        minutes: Of each; None = what the recipe says in steps or minutes, else `DEFAULT_MINUTES`.
         recipe: Name or path of the recipe that has the rest; None = the bundled one for the suite, else the defaults.
     """
 
-    minutes: float = DEFAULT_MINUTES
+    minutes: float | None = None
     recipe: str | None = None
+
+    def base(self, model: str, suite: str) -> Recipe:
+        """Return the recipe that the ablations of a suite start from, with the length of a training in it.
+
+        Raises:
+            UsageError: The named one does not exist.
+        """
+        found = _base_recipe(model, suite, self.recipe)
+        if self.minutes is None and (found.train.minutes or found.train.steps):
+            return found
+        return found.with_values({"train.minutes": self.minutes or DEFAULT_MINUTES})
+
+    def length(self, model: str, suite: str) -> str:
+        """Say how long a training is."""
+        train = self.base(model, suite).train
+        return f"{train.minutes:g} minutes" if train.minutes else f"{train.steps} steps"
 
 
 def train_point(
@@ -63,10 +83,9 @@ def train_point(
         "dtype": request.dtype,
         "suites": [suite],
         "settings": {k: v for k, v in settings.items() if not k.startswith("trigger.")},
-        "train.minutes": schedule.minutes,
         **{f"train.{name}": value for name, value in point.train.items()},
     }
-    base = base_recipe(request.model, suite, schedule.recipe)
+    base = schedule.base(request.model, suite)
     values["settings"] = {**base.settings, **values["settings"]}
     place = Place(request.results_dir, request.data_dir, request.skip_bad_rows, request.trust_suite, request.command)
     parts = Parts(base.with_values(values), place)
@@ -77,12 +96,7 @@ def train_point(
     return result
 
 
-def base_recipe(model: str, suite: str, named: str | None) -> Recipe:
-    """Return the recipe that an ablation starts from.
-
-    Raises:
-        UsageError: The named one does not exist.
-    """
+def _base_recipe(model: str, suite: str, named: str | None) -> Recipe:
     if named is not None:
         return load_recipe(named)
     for bundled in (f"{BUNDLED}-{suite}-ablations", f"{BUNDLED}-{suite}") if model == BUNDLED else ():
@@ -105,7 +119,7 @@ def _what_makes(recipe: Recipe, method: str) -> dict[str, Any]:
     """Return everything of a recipe that a memory of a method depends on, seeds apart."""
     spec = get_method(method)
     settings = resolve(recipe.settings, fixed=spec.fixed, defaults=spec.defaults, method=method).flat()
-    training = recipe.train.model_dump(mode="json", exclude={"methods", "seeds", "scope", "out", "provisional"})
+    training = recipe.train.model_dump(mode="json", exclude=_NO_MATTER)
     return {
         **{key: value for key, value in settings.items() if key.startswith(("memory.", "monitor."))},
         **{f"train.{key}": value for key, value in training.items()},

@@ -66,6 +66,7 @@ class Train(_Part):
         keep: Weight of leaving alone what the plain backbone gets right (see `flashmem.TrainConfig`).
         batch_size: Examples a step, over all processes.
         micro_batch_size: Examples that a process computes at once.
+        prefix_gib: Room to keep encoded prompts from one epoch to the next; it saves most of a step where they fit.
         epochs: Passes over the examples, unless `steps` or `minutes` is given; `minutes` wins over both.
         validation: Samples a suite on which harm and gain are measured.
         examples: Training samples a suite at most.
@@ -90,6 +91,7 @@ class Train(_Part):
     steps: Count | None = None
     minutes: Positive | None = None
     activation_checkpointing: bool = False
+    prefix_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     validation: Count = 200
     early_stopping: EarlyStop | None = None
     examples: Count | None = None

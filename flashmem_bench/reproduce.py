@@ -198,6 +198,7 @@ def fit_request(recipe: Recipe, training: Training) -> FitRequest:
         keep=train.keep,
         lessons=train.lessons,
         horizon=train.horizon,
+        prefix_gib=train.prefix_gib,
     )
     return FitRequest(
         method=training.method,

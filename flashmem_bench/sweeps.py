@@ -71,7 +71,10 @@ def cost_sentence(request: Request, sweep: Sweep) -> str:
         if cell.get("suite") in request.suites and cell.get("model") == model_key(request.model):
             times += [row["e2e_ms"] for row in cell.rows() if row.get("e2e_ms") is not None]
     estimate = f", about {samples * sum(times) / len(times) / 6e4:.1f} minutes" if times else ""
-    trained = f"; {cells} memories of {sweep.schedule.minutes:g} minutes are trained first" if axis.trains else ""
+    trained = ""
+    if axis.trains:
+        lengths = {sweep.schedule.length(request.model, suite): None for suite in request.suites}
+        trained = f"; {cells} memories of {' or '.join(lengths)} are trained first"
     return (
         f"{axis.name}: {len(sweep.points)} values, {cells} cells of up to {request.limit} samples{estimate}{trained}; "
         "what is finished is not made again"

@@ -25,7 +25,8 @@ def ablate(
     limit: o.Limit = None,
     seed: o.Seed = "0",
     minutes: Annotated[
-        str | None, typer.Option("--minutes", help="Training time of each value, for axes that train.")
+        str | None,
+        typer.Option("--minutes", help="Training time of a value; default: the recipe's, or 5."),
     ] = None,
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="How axes that train do it; default: the bundled one of the suite.")
@@ -52,7 +53,7 @@ def ablate(
     Example: flashmem-bench ablate monitor-threshold --values p50,p85,p99,1.5
     """
     o.set_up_logging(debug)
-    from flashmem_bench.ablation_training import DEFAULT_MINUTES, Schedule
+    from flashmem_bench.ablation_training import Schedule
     from flashmem_bench.ablations import AXES, DEFAULT_LIMIT, get_axis, points
     from flashmem_bench.errors import UsageError
     from flashmem_bench.registry import get_methods
@@ -84,7 +85,7 @@ def ablate(
         calibrate_missing=True,
         command=o.command_line(),
     )
-    schedule = Schedule(o.number(minutes, "--minutes") or DEFAULT_MINUTES, recipe)
+    schedule = Schedule(o.number(minutes, "--minutes"), recipe)
     seeds = tuple(o.count(value, "--train-seed", least=0) or 0 for value in train_seed.split(","))
     sweep = Sweep(chosen, points(chosen, o.split_list(values)), schedule, seeds)
     return run_axis(request, sweep, json=json, quiet=quiet)

@@ -31,6 +31,10 @@ _MicroBatchSize = Annotated[
 _Checkpointing = Annotated[
     bool, typer.Option("--activation-checkpointing", help="Compute twice, keep less.", rich_help_panel=_PANEL)
 ]
+_PrefixGib = Annotated[
+    str | None,
+    typer.Option("--prefix-gib", help="Keep encoded prompts between epochs.", rich_help_panel=_PANEL),
+]
 _Placement = Annotated[
     str, typer.Option("--placement", help="single, or auto: over all devices.", rich_help_panel=_PANEL)
 ]
@@ -72,6 +76,7 @@ def train(
     batch_size: _BatchSize = "64",
     micro_batch_size: _MicroBatchSize = None,
     activation_checkpointing: _Checkpointing = False,
+    prefix_gib: _PrefixGib = None,
     placement: _Placement = "single",
     lr: _Lr = "1e-5",
     insertion: _Insertion = "prompt-end",
@@ -132,6 +137,7 @@ _KEYS = {
     "train.batch_size": "batch_size",
     "train.micro_batch_size": "micro_batch_size",
     "train.activation_checkpointing": "activation_checkpointing",
+    "train.prefix_gib": "prefix_gib",
     "train.epochs": "epochs",
     "train.steps": "steps",
     "train.minutes": "minutes",
@@ -161,6 +167,7 @@ def _values(given: dict[str, Any]) -> dict[str, Any]:
     if given["targets"] not in (None, *TARGETS):
         raise UsageError(f"--targets must be gold or self, not {given['targets']!r}")
     numbers = {name: o.number(given[name], f"--{name}") for name in ("minutes", "epochs", "lr")}
+    numbers["prefix_gib"] = o.number(given["prefix_gib"], "--prefix-gib") or 0.0
     counts = {
         name: o.count(given[name], "--" + name.replace("_", "-"))
         for name in ("steps", "batch_size", "micro_batch_size", "validation", "limit")
