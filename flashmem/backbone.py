@@ -309,6 +309,15 @@ class Backbone:
         hidden = self.extend(state, self.embed(token_ids[:, None]))
         self._settle(state, hidden, None)
 
+    def append(self, state: DecodeState, rows: list[list[int]]) -> None:
+        """Feed each row tokens of its own, of different numbers, none at all included; the shorter ones get holes."""
+        width = max(len(row) for row in rows)
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self.device)
+        real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows], device=self.device)
+        hidden = self.extend(state, self.embed(ids), real=None if bool(real.all()) else real)
+        last = hidden[torch.arange(len(rows), device=self.device), real.sum(1) - 1]
+        self._settle(state, last[:, None], real[:, 0])
+
     def inject(self, state: DecodeState, memory: Tensor, rows: Tensor | None = None) -> None:
         """Feed latents through the frozen layers: their K and V are appended to every layer's cache (paper A.3).
 

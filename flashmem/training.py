@@ -210,8 +210,8 @@ class _Trainer:
         self.state = TrainState(parameters, optimiser, EarlyStopping(config.patience))
         per_epoch = math.ceil(len(examples) / config.batch_size)
         self.total = config.max_steps or max(1, round(config.epochs * per_epoch))
-        store = PrefixStore(backbone, int(config.prefix_gib * 2**30)) if config.prefix_gib else None
-        self.prefill = store.prefill if store is not None else None
+        prompts, room = (example.prompt_ids for example in examples), int(config.prefix_gib * 2**30)
+        self.prefill = PrefixStore(backbone, prompts, room).prefill if room else None
         self._started = time.monotonic()
         self._before = 0.0
 

@@ -20,7 +20,7 @@ LENGTHS = (9, 5, 12)
 @pytest.mark.parametrize("lengths", [LENGTHS, (7, 7)])
 def test_a_restored_state_is_the_prefilled_one(family: str, lengths, keep_inputs: bool) -> None:
     backbone, prompts = make_backbone(family), prompts_of(*lengths)
-    store = PrefixStore(backbone, room=2**20)
+    store = PrefixStore(backbone, prompts, room=2**20)
     store.prefill(prompts[::-1])
     found, plain = store.prefill(prompts, keep_inputs=keep_inputs), backbone.prefill(prompts, keep_inputs=keep_inputs)
     assert (store.met, store.found) == (2 * len(prompts), len(prompts))
@@ -42,7 +42,7 @@ def test_losses_and_gradients_do_not_change(source: str) -> None:
     targets = [[5, 6, 7], [8, 2], [9, 4, 3, 2]]
     torch.manual_seed(0)
     memory = new_memory(MemoryConfig(source=source, length=3), backbone)
-    store = PrefixStore(backbone, room=2**20)
+    store = PrefixStore(backbone, prompts, room=2**20)
     store.prefill(prompts)
     found = []
     for prefill in (None, store.prefill):
@@ -58,11 +58,27 @@ def test_losses_and_gradients_do_not_change(source: str) -> None:
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
+def test_what_lies_behind_a_prompt_is_encoded_on_top_of_it(family: str) -> None:
+    backbone, prompts = make_backbone(family), prompts_of(*LENGTHS)
+    longer = [prompt + rest for prompt, rest in zip(prompts, ([], [5, 6, 7], [8]), strict=True)]
+    store = PrefixStore(backbone, prompts, room=2**20)
+    store.prefill(prompts)
+    found, plain = store.prefill(longer), backbone.prefill(longer)
+    assert store.found == 3 and found.encoded == plain.encoded == [9, 8, 13]
+    assert torch.equal(found.next_position, plain.next_position)
+    for state in (found, plain):
+        torch.testing.assert_close(state.logits, plain.logits, rtol=1e-4, atol=1e-4)
+        backbone.step(state, torch.tensor([3, 4, 5]))
+    torch.testing.assert_close(found.logits, plain.logits, rtol=1e-4, atol=1e-4)
+    store.prefill([prompts[1] + [5], [1, 2, 3]])
+    assert store.found == 4, "a prefix that begins with no prompt stands for itself"
+
+
 def test_a_full_store_goes_on_and_keeps_what_it_has() -> None:
     backbone, prompts = make_backbone(), prompts_of(*LENGTHS)
-    whole = PrefixStore(backbone, room=2**20)
+    whole = PrefixStore(backbone, prompts, room=2**20)
     whole.prefill(prompts)
-    store = PrefixStore(backbone, room=(2**20 - whole.room) - 1)
+    store = PrefixStore(backbone, prompts, room=(2**20 - whole.room) - 1)
     for _ in range(2):
         state = store.prefill(prompts)
         torch.testing.assert_close(state.logits, backbone.prefill(prompts).logits, rtol=1e-4, atol=1e-4)
