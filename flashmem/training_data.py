@@ -1,4 +1,4 @@
-"""What a step trains on: examples in batches of similar length, and the place of the memory in each of them.
+"""What a step trains on: random batches of examples, lesson after lesson, and the place of the memory in each of them.
 
 Order and places follow from the seed, the epoch and the step alone, so that a resumed run and every process of a
 parallel one see the same ones.
