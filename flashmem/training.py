@@ -34,7 +34,7 @@ from flashmem.memory import MemorySource
 from flashmem.placement import Processes
 from flashmem.prefixes import PrefixStore
 from flashmem.training_curves import TrainStep, write_curves
-from flashmem.training_data import INSERTIONS, Example, Lessons, Placed, cut, examples_hash, place
+from flashmem.training_data import BATCHINGS, INSERTIONS, Example, Lessons, Placed, cut, examples_hash, place
 from flashmem.training_loss import adapted_loss, chained_loss, sequence_loss, target_entropies
 from flashmem.training_state import EarlyStopping, TrainState
 
@@ -71,6 +71,7 @@ class TrainConfig:
             paper's loss.
         horizon: target tokens after M that count, since in a long answer a memory before one token drowns among those
             that it cannot help; None is all of them, the paper's loss.
+        batching: who shares a step: "random", or "length" for examples of similar length (see `training_data.batches`).
         prefix_gib: encoded prefixes are kept for later epochs, up to so many GiB; 0 encodes them again at every step.
         patience: measurements without a new lowest loss after which training stops; None never stops early.
     """
@@ -93,6 +94,7 @@ class TrainConfig:
     lessons: tuple[float, ...] = ()
     horizon: int | None = None
     prefix_gib: float = 0.0
+    batching: Literal["random", "length"] = "random"
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.batch_size < 1 or self.epochs <= 0 or not 0 <= self.warmup < 1:
@@ -102,6 +104,8 @@ class TrainConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
         if self.insertion not in INSERTIONS:
             raise ConfigError(f"insertion is {self.insertion!r}; use one of {', '.join(INSERTIONS)}.")
+        if self.batching not in BATCHINGS:
+            raise ConfigError(f"batching is {self.batching!r}; use one of {', '.join(BATCHINGS)}.")
         for name in ("micro_batch_size", "validate_every", "patience", "horizon"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more, or None.")
@@ -233,7 +237,7 @@ class _Trainer:
     def _steps(self) -> Iterator[tuple[int, list[Example]]]:
         """The steps that are left, until the run is done."""
         config, seen = self.config, [taken.progress for taken in self.state.curve]
-        lessons = Lessons(self.examples, config.lessons, config.batch_size, config.seed, seen)
+        lessons = Lessons(self.examples, config.lessons, config.batch_size, config.seed, seen, config.batching)
         for step in itertools.count(len(seen)):
             self._tick()
             progress = self._progress(step)

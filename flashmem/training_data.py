@@ -21,6 +21,9 @@ _SHARES = {"prompt-end": (8, 0, 0, 0), "mixed": (4, 2, 1, 1), "firing": (1, 1, 1
 INSERTIONS = (*_SHARES, "delimiters")
 # Memories inside an answer at most, as in MemGen's released configuration.
 _MOST_IN_ANSWER = 5
+# Batches that "length" sorts together.
+_WINDOW = 16
+BATCHINGS = ("random", "length")
 # Share of the steps above the default threshold, the 85th percentile.
 _FIRING_SHARE = 0.15
 
@@ -56,20 +59,26 @@ class Placed:
     draw: float = 0.0
 
 
-def batches(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[Example]]:
-    """Random batches without end, epoch after epoch.
+def batches(examples: Sequence[Example], size: int, seed: int, batching: str = "random") -> Iterator[list[Example]]:
+    """Batches without end, epoch after epoch, the examples of each in order of their length.
 
-    Who shares a batch is left to chance alone: batches of similar length would each be of one suite or of one kind of
-    question, since length tells these apart, and the steps would pull against each other. Within a batch the examples
-    stand by length, so that micro batches need little padding.
+    "random" leaves to chance alone who shares a batch, and micro batches need little padding all the same. "length"
+    puts examples of similar length together. That is cheaper still, but length often tells suites or kinds of question
+    apart, and then each step is of one kind.
     """
+    window = size if batching == "random" else size * _WINDOW
     epoch = 0
     while True:
         order = random.Random(f"{seed}|{epoch}")
         indices = list(range(len(examples)))
         order.shuffle(indices)
-        for start in range(0, len(indices), size):
-            yield sorted((examples[i] for i in indices[start : start + size]), key=lambda example: example.length)
+        found = []
+        for start in range(0, len(indices), window):
+            near = sorted(indices[start : start + window], key=lambda index: examples[index].length)
+            found += [near[i : i + size] for i in range(0, len(near), size)]
+        order.shuffle(found)
+        for batch in found:
+            yield [examples[i] for i in batch]
         epoch += 1
 
 
@@ -82,6 +91,7 @@ class Lessons:
             the last one; without any, all examples make one lesson.
         size: examples of a batch.
         seed: of the order.
+        batching: see `batches`.
         seen: progress at each step that was taken already, so that a resumed run goes on where it stopped.
 
     Raises:
@@ -89,7 +99,13 @@ class Lessons:
     """
 
     def __init__(
-        self, examples: Sequence[Example], starts: Sequence[float], size: int, seed: int, seen: Sequence[float] = ()
+        self,
+        examples: Sequence[Example],
+        starts: Sequence[float],
+        size: int,
+        seed: int,
+        seen: Sequence[float] = (),
+        batching: str = "random",
     ) -> None:
         self.starts = starts
         pools: list[list[Example]] = [[] for _ in range(len(starts) + 1)]
@@ -97,7 +113,7 @@ class Lessons:
             pools[min(example.lesson, len(starts))].append(example)
         if empty := [number for number, pool in enumerate(pools) if not pool]:
             raise ConfigError(f"Lesson {empty[0]} has no examples: give fewer lessons, or examples for it.")
-        self._streams = [batches(pool, size, seed) for pool in pools]
+        self._streams = [batches(pool, size, seed, batching) for pool in pools]
         for progress in seen:
             self.next(progress)
 

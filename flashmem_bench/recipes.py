@@ -66,6 +66,7 @@ class Train(_Part):
         keep: Weight of leaving alone what the plain backbone gets right (see `flashmem.TrainConfig`).
         batch_size: Examples a step, over all processes.
         micro_batch_size: Examples that a process computes at once.
+        batching: Who shares a step: random, or length for examples of similar length.
         prefix_gib: Room to keep encoded prompts from one epoch to the next; it saves most of a step where they fit.
         epochs: Passes over the examples, unless `steps` or `minutes` is given; `minutes` wins over both.
         validation: Samples a suite on which harm and gain are measured.
@@ -91,6 +92,7 @@ class Train(_Part):
     steps: Count | None = None
     minutes: Positive | None = None
     activation_checkpointing: bool = False
+    batching: Literal["random", "length"] = "random"
     prefix_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     validation: Count = 200
     early_stopping: EarlyStop | None = None

@@ -199,6 +199,7 @@ def fit_request(recipe: Recipe, training: Training) -> FitRequest:
         lessons=train.lessons,
         horizon=train.horizon,
         prefix_gib=train.prefix_gib,
+        batching=train.batching,
     )
     return FitRequest(
         method=training.method,

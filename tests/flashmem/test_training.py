@@ -312,6 +312,10 @@ def test_who_shares_a_batch_does_not_depend_on_length() -> None:
     for batch in epoch:
         lengths = [len(e.prompt_ids) for e in batch]
         assert lengths == sorted(lengths), "so that micro batches need little padding"
+    stream = batches(long_ones, 32, seed=3, batching="length")
+    epoch = [next(stream) for _ in range(10)]
+    assert sorted(e.target_ids[0] for batch in epoch for e in batch) == list(range(320))
+    assert all(len({len(e.prompt_ids) for e in batch}) == 1 for batch in epoch)
 
 
 def test_lessons_that_cannot_be_given_are_refused() -> None:
