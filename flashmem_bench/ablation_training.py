@@ -37,7 +37,7 @@ class Schedule:
     """How the memories of an ablation are trained.
 
     Attributes:
-        minutes: Of each; None = what the recipe says in steps or minutes, else `DEFAULT_MINUTES`.
+        minutes: Of each; None = the steps of a recipe that counts steps, else `DEFAULT_MINUTES`.
         recipe: Name or path of the recipe that has the rest; None = the bundled one for the suite, else the defaults.
     """
 
@@ -51,7 +51,7 @@ class Schedule:
             UsageError: The named one does not exist.
         """
         found = _base_recipe(model, suite, self.recipe)
-        if self.minutes is None and (found.train.minutes or found.train.steps):
+        if self.minutes is None and found.train.steps and found.train.minutes is None:
             return found
         return found.with_values({"train.minutes": self.minutes or DEFAULT_MINUTES})
 

@@ -95,7 +95,8 @@ def prepare(
         memory=checkpoint.settings() if checkpoint else None,
     )
     references = _reference_samples(session, suite, reference)
-    settings = _matched(settings, spec, request.match, references)
+    matched = spec.match(request.match, settings, references) if spec.match is not None else {}
+    settings = _with_trigger(settings, matched)
     found = _thresholds(session, spec, suite, settings, note)
     context = BuildContext(
         backbone=session.backbone,
@@ -109,7 +110,8 @@ def prepare(
         match=request.match,
     )
     bank = _bank(session, spec, context, checkpoint, note)
-    identity = _identity(session, spec, context, checkpoint, bank, reference)
+    # Over all samples the settings say all of a match; within a sample the moments lie over the reference's own.
+    identity = _identity(session, spec, context, checkpoint, bank, None if matched else reference)
     prepared = Prepared(spec, suite, context, identity, {}, {}, scored=not _untrained(spec, checkpoint))
     prepared.common = _common(session, prepared, checkpoint, found)
     prepared.descr = _description(session, prepared, checkpoint, found)
@@ -161,10 +163,9 @@ def _checkpoint(session: Session, spec: MethodSpec, suite: str) -> Checkpoint | 
     return find_checkpoint(request.results_dir, request.model, suite, spec.memory_of, named)
 
 
-def _matched(settings: Settings, spec: MethodSpec, match: str, references: Mapping[str, ReferenceSample]) -> Settings:
-    """Put what matches a method to its reference cell over all samples into the settings: it names the cell."""
-    found = spec.match(match, settings, references) if spec.match is not None else {}
-    changed = {key.removeprefix("trigger."): value for key, value in found.items()}
+def _with_trigger(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """Put dotted `trigger.*` values into the settings, so that they name the cell."""
+    changed = {key.removeprefix("trigger."): value for key, value in changes.items()}
     return settings.model_copy(update={"trigger": settings.trigger.model_copy(update=changed)})
 
 
@@ -279,9 +280,7 @@ def _identity(
         identity["bank"] = bank
     if spec.reference is not None:
         identity["match"] = request.match
-        # Within a sample the moments lie over the reference's own; over all samples the settings say it all.
-        within = spec.match is None or not spec.match(request.match, context.settings, context.reference)
-        identity["reference"] = reference.cell_id if reference is not None and within else None
+        identity["reference"] = reference.cell_id if reference is not None else None
     return identity
 
 

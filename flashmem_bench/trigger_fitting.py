@@ -8,10 +8,10 @@ continued where it stopped: at the released sizes a step is a few hundred answer
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flashmem_bench.checkpoints import fetch, read_record
 from flashmem_bench.errors import UsageError
@@ -23,6 +23,7 @@ from flashmem_bench.thresholds import spread
 
 if TYPE_CHECKING:
     from flashmem.generation import Generation
+    from flashmem.trigger import TriggerConfig
     from flashmem.trigger_training import Case, TriggerReport, TriggerTraining
     from flashmem_bench.tasks import Sample, Suite
 
@@ -104,14 +105,14 @@ def _cases(session: Session, suite: Suite, examples: int | None) -> Iterator[Cas
             yield Case(prompt, config, _reward(suite, sample))
 
 
-def _reward(suite: Suite, sample: Sample) -> Any:
+def _reward(suite: Suite, sample: Sample) -> Callable[[Generation], float]:
     def worth(answer: Generation) -> float:
         return float(suite.grade(sample, answer.text).score)
 
     return worth
 
 
-def _trigger(session: Session) -> Any:
+def _trigger(session: Session) -> TriggerConfig:
     from flashmem.trigger import TriggerConfig
 
     spec = get_method("memgen")

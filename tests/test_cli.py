@@ -256,6 +256,15 @@ def test_an_axis_of_methods_is_one_sheet(bench, tmp_path, capsys):
     assert list(sheet["value"]) == ["flashmem", "flashmem-random-trigger"], "the cell it is matched to is no point"
 
 
+def test_an_ablation_trains_the_steps_of_its_recipe_or_five_minutes():
+    from flashmem_bench.ablation_training import Schedule
+
+    assert Schedule().base("flashmem-tiny", "hops").train.minutes is None
+    for suite in ("hops-list", "wordmath"):
+        assert Schedule().base("flashmem-tiny", suite).train.minutes == 5.0
+    assert Schedule(minutes=0.5).length("flashmem-tiny", "hops") == "0.5 minutes"
+
+
 def test_an_axis_of_memories_trains_each_value_once(bench, tmp_path, capsys):
     results, recipe = bench.results(tmp_path / "results"), tmp_path / "small.yaml"
     recipe.write_text("train: {examples: 16, batch_size: 4, validation: 4, targets: gold, lr: 1.0e-3}\n")
