@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from flashmem_bench.fitting import FitResult, Watcher
     from flashmem_bench.session import Session
 
-DEFAULT_MINUTES = 5.0
+MOST_MINUTES = 5.0
 # Parts of a recipe's training that say nothing of one memory, or nothing that changes it.
 _NO_MATTER = {
     "methods", "seeds", "scope", "out", "provisional", "micro_batch_size", "activation_checkpointing", "prefix_gib"
@@ -37,7 +37,7 @@ class Schedule:
     """How the memories of an ablation are trained.
 
     Attributes:
-        minutes: Of each; None = the steps of a recipe that counts steps, else `DEFAULT_MINUTES`.
+        minutes: Of each; None = as the recipe says, but no longer than `MOST_MINUTES`.
         recipe: Name or path of the recipe that has the rest; None = the bundled one for the suite, else the defaults.
     """
 
@@ -53,7 +53,8 @@ class Schedule:
         found = _base_recipe(model, suite, self.recipe)
         if self.minutes is None and found.train.steps and found.train.minutes is None:
             return found
-        return found.with_values({"train.minutes": self.minutes or DEFAULT_MINUTES})
+        minutes = self.minutes or min(found.train.minutes or MOST_MINUTES, MOST_MINUTES)
+        return found.with_values({"train.minutes": minutes})
 
     def length(self, model: str, suite: str) -> str:
         """Say how long a training is."""

@@ -57,6 +57,8 @@ class Axis:
 
 _OPEN = "an open choice of the paper"
 _PROMPT_END = "flashmem-prompt-end"
+# With one block, which is copied from the last layer, its own layer is the last one.
+_BLOCKS_FOR_ALL = {"all": "paired", "last": "last"}
 _PLACEBOS = ("flashmem-random-memory", "flashmem-shuffled-memory", "flashmem-mean-memory", "flashmem-noop-memory")
 _POLICIES = (
     "flashmem",
@@ -184,7 +186,8 @@ WITH_TRAINING: tuple[Axis, ...] = (
     ),
     Axis(
         "kv-layer",
-        "whose keys and values the blocks read: their own layer's or the last one's; all is a block for every layer",
+        "whose keys and values are read: one block its own layer's (paired), or a block for every layer its own (all) or the "
+        "last one's (last)",
         "memory.kv_layer",
         ("paired", "last", "all"),
         "paired",
@@ -237,7 +240,7 @@ WITH_TRAINING: tuple[Axis, ...] = (
         "where memories stand in training",
         "train.insertion",
         ("prompt-end", "mixed", "firing"),
-        "mixed",
+        "prompt-end",
         "whether training must know the moments",
         method=_PROMPT_END,
         trains=True,
@@ -308,8 +311,8 @@ def _point(axis: Axis, text: str) -> Point:
         if text not in axis.values:
             raise UsageError(f"a value of {axis.name} is {' or '.join(axis.values)}, not {text!r}")
         return Point(text, dict(axis.also), is_reference, train={axis.key.removeprefix(TRAIN): text})
-    if axis.name == "kv-layer" and text == "all":
-        return Point(text, {**axis.also, "memory.kv_layer": "paired", "memory.depth": None}, False)
+    if axis.name == "kv-layer" and text in _BLOCKS_FOR_ALL:
+        return Point(text, {**axis.also, "memory.kv_layer": _BLOCKS_FOR_ALL[text], "memory.depth": None}, False)
     return _setting_point(axis, text)
 
 

@@ -223,6 +223,15 @@ def test_values_of_the_threshold_axis():
     assert points(get_axis("trigger-interval"))[0].settings == {"trigger.cooldown": 0, "trigger.interval": 8}
 
 
+def test_whose_keys_the_blocks_read_differs_only_with_more_than_one_block():
+    from flashmem_bench.ablations import get_axis, points
+
+    found = {point.text: point.settings for point in points(get_axis("kv-layer"))}
+    assert found["last"] == {"memory.kv_layer": "last", "memory.depth": None}
+    assert found["all"] == {"memory.kv_layer": "paired", "memory.depth": None}
+    assert found["paired"] == {"memory.kv_layer": "paired"}
+
+
 def test_every_axis_varies_something_that_its_method_reads():
     from flashmem_bench.ablations import AXES, METHOD, points
     from flashmem_bench.registry import get_method, method_names
@@ -256,12 +265,14 @@ def test_an_axis_of_methods_is_one_sheet(bench, tmp_path, capsys):
     assert list(sheet["value"]) == ["flashmem", "flashmem-random-trigger"], "the cell it is matched to is no point"
 
 
-def test_an_ablation_trains_the_steps_of_its_recipe_or_five_minutes():
+def test_an_ablation_trains_as_long_as_its_recipe_says_but_five_minutes_at_most(tmp_path):
     from flashmem_bench.ablation_training import Schedule
 
-    assert Schedule().base("flashmem-tiny", "hops").train.minutes is None
+    assert Schedule().length("flashmem-tiny", "hops") == "4 minutes"
     for suite in ("hops-list", "wordmath"):
-        assert Schedule().base("flashmem-tiny", suite).train.minutes == 5.0
+        assert Schedule().length("flashmem-tiny", suite) == "5 minutes"
+    (tmp_path / "steps.yaml").write_text("train: {steps: 70}\n")
+    assert Schedule(recipe=str(tmp_path / "steps.yaml")).length("flashmem-tiny", "hops") == "70 steps"
     assert Schedule(minutes=0.5).length("flashmem-tiny", "hops") == "0.5 minutes"
 
 

@@ -26,7 +26,7 @@ def ablate(
     seed: o.Seed = "0",
     minutes: Annotated[
         str | None,
-        typer.Option("--minutes", help="Training time of a value; default: the recipe's steps, or 5."),
+        typer.Option("--minutes", help="Training time of a value; default: the recipe's time, 5 at most."),
     ] = None,
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="How axes that train do it; default: the bundled one of the suite.")
