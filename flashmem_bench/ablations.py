@@ -186,8 +186,8 @@ WITH_TRAINING: tuple[Axis, ...] = (
     ),
     Axis(
         "kv-layer",
-        "whose keys and values are read: one block its own layer's (paired), or a block for every layer its own (all) or "
-        "the last one's (last)",
+        "whose keys and values are read: one block its own layer's (paired), or a block for every layer its own (all) "
+        "or the last one's (last)",
         "memory.kv_layer",
         ("paired", "last", "all"),
         "paired",
