@@ -17,7 +17,7 @@ SAMPLES = 3
 
 @pytest.mark.slow
 def test_every_method_runs_on_every_suite(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    # flashmem-plus has no bundled memory: six layers of blocks would not fit into 12 MB beside the others.
+    # flashmem-plus has a bundled memory for hops alone, where it was chosen.
     suites, methods = [info.name for info in list_suites()], [m for m in method_names() if m != "flashmem-plus"]
     data = write_data(tmp_path / "data")
     arguments = ["run", "--suite", ",".join(suites), "--method", ",".join(methods), "--limit", str(SAMPLES)]

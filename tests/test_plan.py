@@ -43,7 +43,7 @@ def test_parameters_are_those_of_the_real_module() -> None:
     assert costs.weights == pytest.approx(counted, rel=0.02)
     for method, config in (
         ("flashmem", MemoryConfig()),
-        ("flashmem-plus", MemoryConfig(depth=None)),
+        ("flashmem-plus", MemoryConfig(latent_attention="earlier")),
         ("flashmem-separate-encoder", MemoryConfig(source="separate-encoder")),
         ("memgen", MemoryConfig(source="weaver", encoder_rank=16)),
         ("lora-sft", MemoryConfig(source="lora", encoder_rank=None)),

@@ -1,8 +1,8 @@
-"""`flashmem-plus`: a stronger memory under FlashMem's trigger, the candidate of our ablations.
+"""`flashmem-plus`: the variant of the memory that our ablations chose on validation, under FlashMem's trigger.
 
-A block for every layer of the backbone, each reading the cache of its own layer; latents see the latents before them;
-and each starts from the embedding that the one before it wrote, as a token does. It has trained weights of its own.
-What it costs more is in `consolidate_ms`: K steps of all layers instead of one.
+One block as in the paper, but each latent sees the latents before it as well as the backbone's cache. It has trained
+weights of its own. On the bundled backbone it gained most over three training seeds, and by less than those differ
+from each other.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from flashmem_bench.methods.latent import USES, build_latent
 
 SPEC = MethodSpec(
     name="flashmem-plus",
-    summary="flashmem with a block for every layer and latents that see each other",
+    summary="flashmem whose latents see each other, the choice of our ablations",
     build=build_latent,
-    defaults={"memory.depth": None, "memory.latent_attention": "earlier", "memory.feedback": "embedding"},
+    defaults={"memory.latent_attention": "earlier"},
     memory_of="flashmem-plus",
     uses=USES,
 )
