@@ -61,3 +61,19 @@ def test_one_seed_or_other_settings_make_no_record(tmp_path):
     add_cell(store, "hops", "flashmem", n=10, train_seed=0)
     add_cell(store, "hops", "flashmem", n=10, train_seed=1, settings={"trigger": {"threshold": 2.0}})
     assert build_tables(store)["seeds"].empty
+
+
+def test_a_point_of_an_ablation_is_compared_with_the_reference_of_its_own_seed(tmp_path):
+    store = ResultStore(tmp_path)
+    references = {}
+    for seed in (0, 1, 2):
+        for value in ("inherited", "random"):
+            mark = {"axis": "init", "value": value, "reference": value == "inherited"}
+            settings = {"memory": {"init": value}}
+            cell = add_cell(store, "hops", "flashmem", n=20, train_seed=seed, ablation=[mark], settings=settings)
+            if value == "inherited":
+                references[seed] = cell.cell_id
+    sheet = build_tables(store)["ablations"]
+    points = sheet[~sheet["reference"]]
+    runs = build_tables(store)["runs"].set_index("cell")["train_seed"]
+    assert {int(runs[row.cell]): row.reference_cell for row in points.itertuples()} == references

@@ -225,7 +225,8 @@ def _reference(cell: Cell, axis: str, cells: Sequence[Cell]) -> Cell | None:
         )
         and refusal(cell, other) is None
     ]
-    return max(candidates, key=lambda other: closeness(cell, other), default=None)
+    # A memory is compared with the reference memory of its own training seed.
+    return max(candidates, key=lambda c: (c.train_seed == cell.train_seed, *closeness(cell, c)), default=None)
 
 
 def _axis_order(record: Record) -> tuple[Any, ...]:
