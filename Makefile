@@ -67,6 +67,7 @@ memories: setup
 	$(HOPS_MEMGEN) --train-seed 1 --out $(BUNDLED)/checkpoints/hops/memgen/seed1 & \
 	$(HOPS) --method lora-sft --insertion prompt-end --train-seed 2 --out $(BUNDLED)/checkpoints/hops/lora-sft/seed2 && \
 	$(HOPS) --method prompt-tuning --insertion prompt-end --minutes 6 --out $(BUNDLED)/checkpoints/hops/prompt-tuning/seed0; wait
+	$(BENCH) train --recipe flashmem-tiny-hops-ablations --quiet --method flashmem-plus --out $(BUNDLED)/checkpoints/hops/flashmem-plus/seed0
 	# Of long curves every tenth step is enough.
 	for curve in $$(find $(BUNDLED)/checkpoints -name curves.csv -size +32k); do \
 	  awk 'NR <= 2 || NR % 10 == 1' $$curve > $$curve.thin && mv $$curve.thin $$curve || exit; \
@@ -80,6 +81,9 @@ memories-seeds: setup
 	for seed in 1 2; do \
 	  $(JOINT) --method flashmem --train-seed $$seed --out build/memories/joint/flashmem/seed$$seed && \
 	  $(HOPS) --method flashmem --train-seed $$seed --out build/memories/hops/flashmem/seed$$seed || exit; \
+	done
+	for seed in 1 2; do \
+	  $(BENCH) train --recipe flashmem-tiny-hops-ablations --quiet --method flashmem-plus --train-seed $$seed --out build/memories/hops/flashmem-plus/seed$$seed || exit; \
 	done
 	for seed in 0 2; do $(HOPS_MEMGEN) --train-seed $$seed --out build/memories/hops/memgen/seed$$seed || exit; done
 	for seed in 0 1; do $(HOPS) --method lora-sft --insertion prompt-end --train-seed $$seed --out build/memories/hops/lora-sft/seed$$seed || exit; done
