@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -78,6 +78,8 @@ class Trigger:
         entropy: attention entropy at the decision, nats.
         output_entropy: entropy of the next-token distribution there, nats, or None.
         latents: K.
+        divergence: Kullback-Leibler divergence of the next-token distribution behind the memory from the one before it,
+            nats: what the memory changes at once. None where the distribution before it was never computed.
     """
 
     text_index: int
@@ -85,6 +87,7 @@ class Trigger:
     entropy: float
     output_entropy: float | None
     latents: int
+    divergence: float | None = None
 
 
 @dataclass
@@ -227,6 +230,9 @@ class _Loop:
         self.running = [True] * len(prompts)
         self.streams = _streams(len(prompts), seed, backbone.device) if self.plan.do_sample else None
         self.literal, self.keep_memories, self.streamer = False, False, None
+        # Whether there is a next-token distribution before the next memory; without a prefill there is none.
+        self.predicted = True
+        self.divergences: list[tuple[list[bool], Tensor | None]] = []
         self.recorder: TraceRecorder | None = None
         keep = memory is not None and memory.needs_history
         self.prefill: Callable[[list[list[int]]], DecodeState] = partial(backbone.prefill, keep_inputs=keep)
@@ -254,6 +260,7 @@ class _Loop:
         drops = self.memory is not None and self.memory.drops_cache
         certain = self.trigger.kind in PROMPT_END_KINDS and self.trigger.max_injections != 0
         if drops and certain and self._asked() is None:
+            self.predicted = False
             return self.backbone.gather(self.prompts)
         return self.prefill(self.prompts)
 
@@ -278,6 +285,8 @@ class _Loop:
             return tokens
         before, proposed = state.logits, tokens
         self._write(state, chosen, entropies, outputs)
+        self.divergences.append((chosen, _divergence(before, state.logits) if self.predicted else None))
+        self.predicted = True
         if not self.literal:
             with self.clock.phase("sample"):
                 again = self._sample(state.logits).tolist()
@@ -399,7 +408,21 @@ class _Loop:
             cuts = [text.find(stop) for stop in self.plan.stop_strings if stop in text]
             result.text = text[: min(cuts)] if cuts else text
             result.above_threshold = self.gates[row].fired if self.trigger.kind in ENTROPY_KINDS else None
+        self._tell_divergences()
         return self.results
+
+    def _tell_divergences(self) -> None:
+        """Bring the divergences to the host, after the last token: nothing waits for them before."""
+        values = [(chosen, None if found is None else found.tolist()) for chosen, found in self.divergences]
+        for row, result in enumerate(self.results):
+            own = [None if value is None else value[row] for chosen, value in values if chosen[row]]
+            result.triggers = [replace(t, divergence=d) for t, d in zip(result.triggers, own, strict=True)]
+
+
+def _divergence(before: Tensor, after: Tensor) -> Tensor:
+    """`[B, V]` logits before and behind a memory to `[B]` nats."""
+    log_p, log_q = before.float().log_softmax(-1), after.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0.0)
 
 
 @dataclass

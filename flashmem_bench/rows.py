@@ -99,6 +99,8 @@ def generation_columns(generation: Generation, sample: Sample, backbone: Backbon
         "drawn_tokens": generation.drawn_tokens,
         "triggers": triggers,
         "trigger_rate": triggers / (1 + generation.output_tokens),
+        # Before the first memory the text was plain, so this is how far the method leaves the plain backbone.
+        "first_kl_nats": generation.triggers[0].divergence if triggers else None,
         "finish_reason": generation.finish_reason,
         "truncated": generation.finish_reason == "length",
     }
@@ -163,7 +165,13 @@ def text_record(sample: Sample, generation: Generation | None, backbone: Backbon
         record["candidates"] = generation.candidates
     record["tokens"] = [_piece(backbone.tokenizer, token) for token in generation.token_ids]
     record["triggers"] = [
-        {"text_index": t.text_index, "entropy": t.entropy, "output_entropy": t.output_entropy, "latents": t.latents}
+        {
+            "text_index": t.text_index,
+            "entropy": t.entropy,
+            "output_entropy": t.output_entropy,
+            "latents": t.latents,
+            "divergence": t.divergence,
+        }
         for t in generation.triggers
     ]
     record["entropies"] = [round(value, 6) for value in generation.entropies]

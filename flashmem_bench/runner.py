@@ -283,6 +283,7 @@ class _CellLoop:
             "sample_id": sample.sample_id,
             "index": index,
             "stratum": sample.stratum,
+            "cluster": sample.cluster,
             "prompt_sha": prompt.sha,
             "prompt_tokens": len(prompt.ids),
             "prompt_truncated": prompt.truncated,

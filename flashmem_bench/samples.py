@@ -18,6 +18,7 @@ class Sample:
         target: The complete assistant message that training uses.
         answer: The short right answer.
         stratum: The group that the sample is reported and, if the suite says so, calibrated with.
+        cluster: What it shares with other samples, such as a document; None where it stands alone.
         moments: Texts of the target after which a memory is wanted; empty where that is not known.
     """
 
@@ -28,6 +29,7 @@ class Sample:
     stratum: str | None
     doc: dict[str, Any]
     moments: tuple[str, ...] = ()
+    cluster: str | None = None
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
     _c("sample_id", "string", "Id of the sample, unique within its suite."),
     _c("index", "int", "Position in the suite's fixed order; --limit N takes the indices below N."),
     _c("stratum", "string", "Group for which the suite reports separate scores (steps, links, length, task)."),
+    _c("cluster", "string", "What the sample shares with others, such as a document; null where it stands alone."),
     _c("attempt", "int", "Which start of the command made this row; 1 is the first."),
     _c("started_at", "string", "UTC time at which the sample began, ISO 8601."),
     _c("prompt_sha", "string", "Hash of the prompt's token ids; equal hashes prove equal prompts."),
@@ -127,6 +128,13 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
         "Marked moments at which the policy fired; null without marks.",
         "share",
         "triggers at marked moments / marked moments reached",
+    ),
+    _c(
+        "first_kl_nats",
+        "float",
+        "What the first memory changes at once: divergence of the next-token distribution from the plain one.",
+        "nats",
+        "sum(p * log(p / q)), p before the memory, q behind it",
     ),
     _c("finish_reason", "string", "eos, stop or length."),
     _c("truncated", "bool", "The answer was cut at the token budget.", "", "finish_reason == 'length'"),
@@ -218,7 +226,8 @@ _SCORE_BLOCK: tuple[Column, ...] = (
         "string",
         "Method of the interval.",
         "",
-        "wilson when all scores are 0 or 1, or all equal; else percentile bootstrap, 10,000 resamples, fixed seed",
+        "clustered where samples share a cluster: Student's t on the clustered standard error; else wilson when all "
+        "scores are 0 or 1, or all equal; else percentile bootstrap, 10,000 resamples, fixed seed",
     ),
 )
 
@@ -405,7 +414,11 @@ SEED_COLUMNS: tuple[Column, ...] = (
 
 COMPARISON_COLUMNS: tuple[Column, ...] = (
     _SUITE,
-    _c("kind", "string", "baseline: against vanilla; placebo: flashmem against a control of its own."),
+    _c(
+        "kind",
+        "string",
+        "baseline: against vanilla; control: against a placebo; rival: against another method.",
+    ),
     _c("a", "string", "Method whose gain is asked."),
     _c("b", "string", "Method that it is compared with."),
     _c("cell_a", "string", "Cell of a."),
@@ -419,8 +432,12 @@ COMPARISON_COLUMNS: tuple[Column, ...] = (
     _c(
         "p_value",
         "float",
-        "Two-sided: exact McNemar on fixed and broken, Wilcoxon signed-rank for graded scores.",
+        "Two-sided: exact McNemar on fixed and broken, Wilcoxon signed-rank for graded scores; Student's t on the "
+        "clustered standard error where samples share a cluster.",
     ),
+    _c("family", "string", "primary: chosen before any run (claims.yaml); other: every other comparison."),
+    _c("p_adjusted", "float", "The p-value for as many tests: Holm where primary, Benjamini-Hochberg elsewhere."),
+    _c("tests", "int", "Tests in its family."),
     _c(
         "time_ratio",
         "float",
@@ -450,7 +467,7 @@ COMPARISON_COLUMNS: tuple[Column, ...] = (
     _c(
         "verdict",
         "string",
-        "better or worse when interval and p-value (below 0.05) both say so, else cannot tell.",
+        "better or worse when interval and adjusted p-value (below 0.05) both say so, else cannot tell.",
     ),
 )
 
@@ -503,13 +520,30 @@ ABLATION_COLUMNS: tuple[Column, ...] = (
 )
 
 CLAIM_COLUMNS: tuple[Column, ...] = (
+    _c("id", "string", "Short name of the claim."),
     _c("claim", "string", "The statement that is tested."),
-    _c("verdict", "string", "holds, fails or cannot tell."),
-    _c("estimate", "float", "The quantity that decides."),
+    _c("source", "string", "Where the paper says so, or that it is a control of ours."),
+    _c("test", "string", "better, no-worse, faster, falls or no-harm; claims.yaml says what each asks."),
+    _SUITE,
+    _MODEL,
+    _DEVICE,
+    _c("a", "string", "Method that the claim is about."),
+    _c("b", "string", "Method that decides: of several the least favourable one."),
+    _c("verdict", "string", "supported, not supported or cannot tell."),
+    _c(
+        "estimate",
+        "float",
+        "What decides: difference of scores, ratio of times, fall in nats, or share broken.",
+    ),
     _c("low", "float", "Lower end of its 95 % interval."),
     _c("high", "float", "Upper end of its 95 % interval."),
-    _c("n", "int", "Samples behind it."),
-    _c("why", "string", "Reason of the verdict."),
+    _c("n", "int", "Samples behind it; runs where times decide."),
+    _c("seeds", "int", "Training seeds behind it, drawn together with the samples; null where nothing was trained."),
+    _c("margin", "float", "Share that still counts as no worse, or as no harm."),
+    _c("margin_fixed_at", "string", "When the results folder fixed its margins, before its first run; null if never."),
+    _c("p_value", "float", "Two-sided; of several comparisons the largest."),
+    _c("p_adjusted", "float", "The same after Holm's adjustment over all claims that scores decide."),
+    _c("why", "string", "Reason of the verdict, with the numbers beside it."),
 )
 
 TRAINING_COLUMNS: tuple[Column, ...] = (

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashmem_bench.claims import pin
 from flashmem_bench.errors import UsageError
 from flashmem_bench.models import BUNDLED, load_backbone
 from flashmem_bench.settings import Settings, split_suite_settings
@@ -95,8 +97,10 @@ class Session:
 
     @cached_property
     def store(self) -> ResultStore:
-        """The results folder."""
-        return ResultStore(self.request.results_dir)
+        """The results folder; a new one fixes the margins of the claims before its first run."""
+        store = ResultStore(self.request.results_dir)
+        pin(store.root, datetime.now(UTC).isoformat(timespec="seconds"))
+        return store
 
     @property
     def backbone(self) -> Backbone:

@@ -2,7 +2,8 @@
 
 lm-eval calls such a function with the suite's `metadata` and `dataset_kwargs` as keywords. Our adapter adds
 `data_dir`, `skip_bad_rows`, `seed` and `settings`; `lm_eval --metadata '{"data_dir": ...}'` gives the same.
-Every document has `id`, `gold` (the right answer, for grading) and `stratum`, and keeps the fields of its
+Every document has `id`, `gold` (the right answer, for grading) and `stratum`, `cluster` where it shares a text with
+others, and keeps the fields of its
 source. The order of a split is fixed, so that a larger limit only adds samples.
 
 Held out: calibration and validation are the same rows, the last `held_out` share of a real suite's training
@@ -171,6 +172,7 @@ def _questions(story: Doc, story_number: int) -> list[Doc]:
                 "question": text.strip(),
                 "gold": answer.strip(),
                 "stratum": story["task"],
+                "cluster": f"{story['task']}-{story_number:04d}",
             }
         )
     return questions

@@ -134,6 +134,7 @@ class Suite:
             stratum=str(doc["stratum"]) if own and doc.get("stratum") is not None else None,
             doc=doc,
             moments=tuple(doc.get("moments") or ()) if own else (),
+            cluster=str(doc["cluster"]) if own and doc.get("cluster") is not None else None,
         )
 
     def grade(self, sample: Sample, text: str) -> Grade:

@@ -7,6 +7,7 @@ import typer
 from flashmem_bench import __version__
 from flashmem_bench.cli.ablate import ablate
 from flashmem_bench.cli.calibrate import calibrate
+from flashmem_bench.cli.compare import compare
 from flashmem_bench.cli.describe import describe
 from flashmem_bench.cli.doctor import doctor
 from flashmem_bench.cli.latency import latency
@@ -42,6 +43,7 @@ for _name, _command in {
     "calibrate": calibrate,
     "moments": moments,
     "latency": latency,
+    "compare": compare,
     "report": report,
     "plan": plan,
     "reproduce": reproduce,

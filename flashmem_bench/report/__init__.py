@@ -49,6 +49,7 @@ def build_report(results_dir: Path, *, unequal: bool = False) -> ReportPaths:
     nothing = f"no results in {root} yet; make some with flashmem-bench run --suite wordmath --method flashmem"
     if not (root / "runs").is_dir():
         raise StoreError(nothing)
+    from flashmem_bench.claims import pinned
     from flashmem_bench.latency import read_rows
     from flashmem_bench.report.cells import load_cells
     from flashmem_bench.report.compare import comparison_warnings
@@ -62,7 +63,8 @@ def build_report(results_dir: Path, *, unequal: bool = False) -> ReportPaths:
     cells = load_cells(ResultStore(root))
     if not cells:
         raise StoreError(nothing)
-    tables = tables_of(cells, read_rows(root), training_records(cells, root), unequal=unequal)
+    training = training_records(cells, root)
+    tables = tables_of(cells, read_rows(root), training, unequal=unequal, margins=pinned(root))
     warnings = comparison_warnings(cells)
     drawings = [*draw_all(tables, root / "figures"), *draw_traces(cells, root / "figures")]
     drawings += draw_training(tables["training"], root / "figures")

@@ -7,19 +7,21 @@ warnings instead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from flashmem_bench import stats
+from flashmem_bench.claims import primary_pairs
 from flashmem_bench.report import wording as say
 from flashmem_bench.report.cells import FLASHMEM, PLACEBOS, VANILLA, Cell, partner, refusal, shared_samples
-from flashmem_bench.report.measures import Record, mean, score_block, use_block
+from flashmem_bench.report.measures import Record, clusters, mean, score_block, use_block
 
 _MANY_TRUNCATED = 0.05
 _SIGNIFICANT = 0.05
 
 
 def comparison_records(cells: Sequence[Cell], *, unequal: bool = False) -> list[Record]:
-    """Every headline cell against vanilla, and flashmem against each of its placebos.
+    """Every headline cell against vanilla, flashmem against its placebos, and every comparison that a claim names.
 
     Args:
         cells: the cells.
@@ -27,12 +29,38 @@ def comparison_records(cells: Sequence[Cell], *, unequal: bool = False) -> list[
             then says what does.
     """
     records = []
+    wanted = primary_pairs()
     for cell in (cell for cell in cells if cell.is_main):
         if cell.method != VANILLA and (base := partner(cell, VANILLA, cells, unequal=unequal)):
             records.append(compare(cell, base, "baseline"))
-        if cell.method in PLACEBOS and (subject := partner(cell, FLASHMEM, cells, unequal=unequal)):
-            records.append(compare(subject, cell, "placebo"))
-    return records
+        rival = (FLASHMEM, cell.method) in wanted and cell.method != VANILLA
+        if (rival or cell.method in PLACEBOS) and (subject := partner(cell, FLASHMEM, cells, unequal=unequal)):
+            records.append(compare(subject, cell, "placebo" if cell.method in PLACEBOS else "rival"))
+    return adjusted(records)
+
+
+def adjusted(records: Sequence[Record]) -> list[Record]:
+    """Records with their p-values adjusted within their family, and the verdict that these allow."""
+    families = {"primary": stats.holm, "other": stats.benjamini_hochberg}
+    wanted = primary_pairs()
+    named = ["primary" if (record["a"], record["b"]) in wanted else "other" for record in records]
+    found = [dict(record) for record in records]
+    for family, adjust in families.items():
+        places = [place for place, name in enumerate(named) if name == family]
+        raw = [math.nan if found[place].get("p_value") is None else found[place]["p_value"] for place in places]
+        tests = sum(not math.isnan(value) for value in raw)
+        for place, value in zip(places, adjust(raw), strict=True):
+            known = None if math.isnan(value) else float(value)
+            found[place] |= {"family": family, "tests": tests, "p_adjusted": known}
+            found[place]["verdict"] = _verdict(found[place])
+    return found
+
+
+def _verdict(record: Record) -> str:
+    p_value = record.get("p_adjusted")
+    if p_value is None or p_value >= _SIGNIFICANT or record["low"] <= 0 <= record["high"]:
+        return "cannot tell"
+    return "better" if record["difference"] > 0 else "worse"
 
 
 def compare(a: Cell, b: Cell, kind: str) -> Record:
@@ -126,18 +154,18 @@ def _cell_warnings(cell: Cell) -> list[str]:
 
 
 def _score_difference(pairs: Sequence[tuple[Record, Record]]) -> Record:
-    scored = [
-        (a["score"], b["score"])
+    valid = [
+        (a, b)
         for a, b in pairs
         if None not in (a.get("score"), b.get("score")) and False not in (a.get("score_valid"), b.get("score_valid"))
     ]
-    if not scored:
+    if not valid:
         return {"verdict": "cannot tell"}
+    scored, labels = [(a["score"], b["score"]) for a, b in valid], clusters([a for a, _ in valid])
     first, second = [a for a, _ in scored], [b for _, b in scored]
     fixed, broken = sum(a > b for a, b in scored), sum(a < b for a, b in scored)
-    binary = {*first, *second} <= {0.0, 1.0}
-    p_value = stats.mcnemar_exact(fixed, broken) if binary else stats.wilcoxon_p(first, second)
-    interval = stats.paired_bootstrap(first, second)
+    p_value = stats.paired_p(first, second, labels)
+    interval = stats.paired_difference(first, second, labels)
     sure = interval.excludes(0) and p_value < _SIGNIFICANT
     return {
         "difference": interval.estimate,

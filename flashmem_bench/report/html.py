@@ -83,7 +83,8 @@ def render(
         "cpu_stamp": CPU_STAMP if any(cell.rows[0].get("device") == "cpu" for cell in cells) else "",
         "samples": sum(len(cell.rows) for cell in cells),
         "cells": [_provenance(cell) for cell in cells],
-        "tests": int(tables["comparisons"]["p_value"].notna().sum()),
+        "tests": {name: int(rows["p_value"].notna().sum()) for name, rows in tables["comparisons"].groupby("family")},
+        "claims": _claims(tables["claims"]),
         "findings": [finding for suite in suites for finding in findings(suite, tables["comparisons"], _labels(cells))],
         "warnings": list(warnings),
         "suites": [_suite(suite, cells, tables, drawings) for suite in suites],
@@ -94,6 +95,37 @@ def render(
         "definitions": [column for column in TABLES["runs"] if column.name in _DEFINED],
     }
     return environment.get_template("report.html.j2").render(context)
+
+
+def _claims(claims: pd.DataFrame) -> list[Context]:
+    """Each claim with its answers; those that nothing has been run for come together at the end."""
+    found = []
+    for name, rows in claims.groupby("id", sort=False):
+        records = rows.to_dict("records")
+        shown = [_claim_row(row) for row in records if say.known(row["estimate"])]
+        missing = list(dict.fromkeys(str(row["why"]) for row in records if not say.known(row["estimate"])))
+        first = {key: records[0][key] for key in ("claim", "source", "margin", "margin_fixed_at")}
+        found.append({"id": name, **first, "rows": shown, "missing": "; ".join(missing)})
+    return sorted(found, key=lambda claim: not claim["rows"])
+
+
+def _claim_row(row: Context) -> Context:
+    where = row["suite"] if say.known(row["suite"]) else f"{row['model']}, {row['device']}"
+    if row["test"] in ("faster", "falls"):
+        estimate = say.interval(row["estimate"], row["low"], row["high"])
+    else:
+        estimate = say.points(row["estimate"], row["low"], row["high"])
+    units = {"faster": "times", "falls": "nats", "no-harm": "% broken"}
+    return {
+        "where": where,
+        "verdict": row["verdict"],
+        "estimate": f"{estimate} {units.get(row['test'], 'points')}",
+        "b": row["b"],
+        "n": say.whole(row["n"]),
+        "seeds": say.whole(row["seeds"]),
+        "p": say.p_value(row["p_adjusted"]),
+        "why": row["why"],
+    }
 
 
 def findings(suite: str, comparisons: pd.DataFrame, labels: Mapping[str, str]) -> list[Context]:

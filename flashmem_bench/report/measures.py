@@ -18,8 +18,9 @@ OVERHEAD = ("monitor_ms", "consolidate_ms", "inject_ms")
 
 def score_block(rows: Sequence[Record]) -> Record:
     """Count and mean score with its interval; null without a valid score."""
-    scores = [row["score"] for row in rows if row.get("score") is not None and row.get("score_valid") is not False]
-    interval, kind = stats.score_interval(scores)
+    valid = [row for row in rows if row.get("score") is not None and row.get("score_valid") is not False]
+    scores = [row["score"] for row in valid]
+    interval, kind = stats.score_interval(scores, clusters(valid))
     return {
         "n": len(rows),
         "n_scored": len(scores),
@@ -83,6 +84,11 @@ def phase_block(rows: Sequence[Record]) -> Record:
         "harness_share": harness / wall if wall > 0 else None,
         "peak_alloc_bytes": max(values(rows, "peak_alloc_bytes"), default=None),
     }
+
+
+def clusters(rows: Sequence[Record]) -> list[Any]:
+    """A label for each row: equal ones share a document; a row without one stands alone."""
+    return [row.get("cluster") or number for number, row in enumerate(rows)]
 
 
 def values(rows: Iterable[Record], name: str) -> list[Any]:

@@ -14,10 +14,8 @@ from typing import Any
 import numpy as np
 
 from flashmem_bench import stats
+from flashmem_bench.report.arms import alike
 from flashmem_bench.report.cells import VANILLA, Cell, partner, refusal
-
-# What a training seed may change about a cell.
-_FOLLOWS_THE_SEED = ("memory",)
 
 
 def seed_records(cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -25,14 +23,9 @@ def seed_records(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     groups: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
         if cell.is_main and cell.train_seed is not None:
-            groups.setdefault(_alike(cell), []).append(cell)
+            groups.setdefault(alike(cell), []).append(cell)
     found = [_record(peers, cells) for peers in groups.values() if len({_seed(peer) for peer in peers}) > 1]
     return [record for record in found if record]
-
-
-def _alike(cell: Cell) -> tuple[Any, ...]:
-    kept = tuple(sorted((k, repr(v)) for k, v in cell.settings.items() if k.split(".")[0] not in _FOLLOWS_THE_SEED))
-    return cell.suite, cell.method, cell.rows[0].get("checkpoint_scope"), cell.condition, kept
 
 
 def _seed(cell: Cell) -> int:

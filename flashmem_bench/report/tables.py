@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from flashmem_bench.claims import pinned
 from flashmem_bench.latency import read_rows
 from flashmem_bench.report.cells import Cell, closeness, load_cells, refusal, settings_differences
+from flashmem_bench.report.claims import claim_records
 from flashmem_bench.report.compare import compare, comparison_records
 from flashmem_bench.report.measures import Record, cost_block, phase_block, score_block, use_block
 from flashmem_bench.report.seeds import seed_records
@@ -42,11 +44,16 @@ def build_tables(store: ResultStore, suites: Collection[str] | None = None) -> d
     Returns:
         Table name -> frame with exactly the schema's columns; empty tables keep theirs.
     """
-    return tables_of(load_cells(store, suites), read_rows(store.root))
+    return tables_of(load_cells(store, suites), read_rows(store.root), margins=pinned(store.root))
 
 
 def tables_of(
-    cells: Sequence[Cell], latency: Sequence[Record] = (), training: Sequence[Record] = (), *, unequal: bool = False
+    cells: Sequence[Cell],
+    latency: Sequence[Record] = (),
+    training: Sequence[Record] = (),
+    *,
+    unequal: bool = False,
+    margins: tuple[dict[str, float], str | None] = ({}, None),
 ) -> dict[str, pd.DataFrame]:
     """The same for cells that are already loaded.
 
@@ -55,6 +62,7 @@ def tables_of(
         latency: rows of the latency protocol.
         training: steps of the trainings of their memories.
         unequal: compare cells under different conditions too (see `comparison_records`).
+        margins: of the claims, as the results folder fixed them, and when.
     """
     comparisons = comparison_records(cells, unequal=unequal)
     records: dict[str, list[Record]] = {
@@ -67,7 +75,7 @@ def tables_of(
         "latency": list(latency),
         "ablations": ablation_records(cells),
         "training": list(training),
-        "claims": [],
+        "claims": claim_records(cells, latency, *margins),
     }
     return {name: frame(records[name], columns) for name, columns in TABLES.items()}
 

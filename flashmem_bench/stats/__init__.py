@@ -34,6 +34,7 @@ from flashmem_bench.stats.pairs import (
     paired_bootstrap,
     paired_difference,
     paired_p,
+    seed_difference,
     seeds_and_samples,
     wilcoxon_p,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "samples_for_margin",
     "samples_needed",
     "score_interval",
+    "seed_difference",
     "seeds_and_samples",
     "share_clusters",
     "wilcoxon_p",

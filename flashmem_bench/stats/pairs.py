@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats as scipy_stats
 
 from flashmem_bench.stats.intervals import (
@@ -143,6 +143,54 @@ def seeds_and_samples(scores: ArrayLike, *, seed: int = 0, resamples: int = 2000
     of_samples = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
     replicates = np.einsum("br,br->b", of_seeds, of_samples @ data.T)
     return percentile_interval(float(data.mean()), replicates, confidence)
+
+
+def seed_difference(
+    a: ArrayLike,
+    b: ArrayLike,
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    paired: bool,
+    seed: int = 0,
+    resamples: int = 4000,
+    confidence: float = 0.95,
+) -> tuple[Interval, float]:
+    """Mean of ``a - b`` over training seeds and samples, drawn together, and its two-sided bootstrap p-value.
+
+    Samples, or whole clusters of them, are drawn once for all runs of a replicate; seeds once for both methods where
+    their runs are paired, else for each on its own. With few seeds the interval is a lower bound on the doubt.
+
+    Args:
+        a: [r, n] scores of one method, one row a training seed.
+        b: [s, n] scores of the other on the same samples.
+        clusters: [n] labels of what samples may share.
+        paired: row i of both belongs together; r = s.
+        seed: of the resampling.
+        resamples: number of replicates.
+        confidence: two-sided level.
+    """
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    n = first.shape[1]
+    _, member = np.unique([str(label) for label in clusters or range(n)], return_inverse=True)
+    sizes = np.bincount(member)
+    weights = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=resamples)
+    left, right = (_weighted_means(scores, member, sizes, weights) for scores in (first, second))
+    mine = rng.integers(0, len(first), (resamples, len(first)))
+    theirs = mine if paired else rng.integers(0, len(second), (resamples, len(second)))
+    rows = np.arange(resamples)[:, None]
+    replicates = left[rows, mine].mean(axis=1) - right[rows, theirs].mean(axis=1)
+    side = min((replicates <= 0).sum(), (replicates >= 0).sum()) + 1
+    p_value = min(1.0, 2 * float(side) / (resamples + 1))
+    return percentile_interval(float(first.mean() - second.mean()), replicates, confidence), p_value
+
+
+def _weighted_means(
+    scores: NDArray[np.float64], member: NDArray[np.intp], sizes: NDArray[np.intp], weights: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Mean of each run under each replicate's weights of clusters, `[R, r]`."""
+    sums = np.stack([np.bincount(member, weights=run, minlength=len(sizes)) for run in scores])
+    return (weights @ sums.T) / (weights @ sizes)[:, None]
 
 
 def mcnemar_exact(fixed: int, broken: int) -> float:
