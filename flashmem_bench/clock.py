@@ -7,14 +7,16 @@ does not decide what is timed and never changes an answer.
 Definitions, per generation, in milliseconds. t0 is set by `start()`, with the ids ready and the device idle.
 `prefill_ms` is the phase "prefill". `ttft_ms` is t0 to the first sampled token on the host, `e2e_ms` t0 to the last
 one. `decode_ms` = e2e_ms - prefill_ms. `tpot_ms` = (e2e_ms - ttft_ms) / (n - 1), null for n < 2, n being the text
-tokens with the final EOS. `sample_ms`, `monitor_ms`, `consolidate_ms`, `inject_ms` are the summed phases of these
-names. Phases may be nested; each accumulates its own total, so totals of nested phases overlap.
+tokens with the final EOS. `itl_ms` are the n - 1 gaps between tokens. `step_ms`,
+`sample_ms`, `monitor_ms`, `consolidate_ms`, `inject_ms` are the summed phases of these names. Phases may be nested (the
+monitor lies inside prefill, step and inject); each accumulates its own total, so totals of nested phases overlap.
 
 In a batch all rows share one clock: its times are those of the batch, n is the longest answer of the batch.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +39,16 @@ class Timing:
     monitor_ms: float
     consolidate_ms: float
     inject_ms: float
+    step_ms: float = 0.0
+    itl_ms: tuple[float, ...] = ()
+
+    @property
+    def unaccounted_share(self) -> float | None:
+        """Part of e2e that lies in no phase; the monitor lies inside others."""
+        if not self.e2e_ms:
+            return None
+        known = self.prefill_ms + self.step_ms + self.sample_ms + self.consolidate_ms + self.inject_ms
+        return 1 - known / self.e2e_ms
 
     @property
     def overhead_share(self) -> float | None:
@@ -72,14 +84,13 @@ class HostClock:
     def __init__(self, synchronise: Callable[[], None] | None = None, now: Callable[[], int] = time.perf_counter_ns):
         self._now, self._synchronise = now, synchronise
         self._phases: dict[str, _HostPhase] = {}
-        self._first: int | None = None
-        self._last: int | None = None
+        self._seen: list[int] = []
         self._t0 = now()
 
     def start(self) -> None:
         """Forget earlier times and set t0."""
         self._phases = {name: _HostPhase(self._now) for name in PHASES}
-        self._first = self._last = None
+        self._seen = []
         if self._synchronise:
             self._synchronise()
         self._t0 = self._now()
@@ -92,9 +103,7 @@ class HostClock:
 
     def token(self) -> None:
         """Note that a sampled token is known on the host now."""
-        self._last = self._now()
-        if self._first is None:
-            self._first = self._last
+        self._seen.append(self._now())
 
     def phase_ms(self, name: str) -> float:
         """Return the summed time of a phase; read it only when the generation has ended."""
@@ -104,8 +113,8 @@ class HostClock:
     def result(self, output_tokens: int) -> Timing:
         """Return the times of the generation that ended, for `output_tokens` text tokens with EOS."""
         prefill = self.phase_ms("prefill")
-        ttft = None if self._first is None else (self._first - self._t0) / 1e6
-        e2e = None if self._last is None else (self._last - self._t0) / 1e6
+        ttft = (self._seen[0] - self._t0) / 1e6 if self._seen else None
+        e2e = (self._seen[-1] - self._t0) / 1e6 if self._seen else None
         decode = None if e2e is None else e2e - prefill
         tpot = (
             (e2e - ttft) / (output_tokens - 1) if e2e is not None and ttft is not None and output_tokens > 1 else None
@@ -120,6 +129,8 @@ class HostClock:
             monitor_ms=self.phase_ms("monitor"),
             consolidate_ms=self.phase_ms("consolidate"),
             inject_ms=self.phase_ms("inject"),
+            step_ms=self.phase_ms("step"),
+            itl_ms=tuple((b - a) / 1e6 for a, b in itertools.pairwise(self._seen)),
         )
 
 

@@ -21,7 +21,17 @@ def describe(backbone: Backbone) -> dict[str, Any]:
     """Return what the timings of an attempt depend on."""
     import torch
 
-    found: dict[str, Any] = {
+    found = {**describe_machine(), "device_name": None}
+    if backbone.device.type == "cuda":
+        found["device_name"] = torch.cuda.get_device_name(backbone.device)
+    return found
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return versions, processor, threads and load."""
+    import torch
+
+    return {
         "versions": package_versions(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -30,11 +40,7 @@ def describe(backbone: Backbone) -> dict[str, Any]:
         "cpu_quota": cpu_quota(),
         "load_average": round(os.getloadavg()[0], 2),
         "threads": torch.get_num_threads(),
-        "device_name": None,
     }
-    if backbone.device.type == "cuda":
-        found["device_name"] = torch.cuda.get_device_name(backbone.device)
-    return found
 
 
 def package_versions() -> dict[str, str | None]:

@@ -375,31 +375,12 @@ def samples_of(recipe: Recipe, parts: Any) -> tuple[Samples, str]:
 
 
 def measure_device(device: str, dtype: str) -> Device:
-    """Measure this machine for about a second: one matrix product, one copy."""
-    import time
-
+    """Measure this machine for about a second."""
     import torch
 
+    from flashmem_bench.ceilings import measure_ceilings
     from flashmem_bench.models import pick_device, pick_dtype
 
     place = pick_device(device)
-    kind = getattr(torch, pick_dtype(dtype, place))
-    size = 512 if place == "cpu" else 8192
-    matrix = torch.randn(size, size, device=place, dtype=kind)
-    block = torch.empty(2**26 if place == "cpu" else 2**30, dtype=torch.uint8, device=place)
-
-    def best(work: Any) -> float:
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            work()
-            if place.startswith("cuda"):
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
-
-    tflops = 2 * size**3 / best(lambda: matrix @ matrix) / 1e12
-    bandwidth = 2 * block.numel() / best(block.clone) / 1e9
-    small = matrix[:1, :64]
-    launch_us = best(lambda: [torch.nn.functional.silu(small) for _ in range(200)]) / 200 * 1e6
-    return Device(tflops, bandwidth, f"measured here on {place} in {str(kind).removeprefix('torch.')}", launch_us)
+    found = measure_ceilings(place, getattr(torch, pick_dtype(dtype, place)))
+    return Device(found.flops / 1e12, found.bytes_s / 1e9, f"measured here on {found.where}", found.launch_us)

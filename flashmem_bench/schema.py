@@ -471,6 +471,12 @@ COMPARISON_COLUMNS: tuple[Column, ...] = (
     ),
 )
 
+_ITL_BLOCK: tuple[Column, ...] = tuple(
+    _c(f"itl_{kind}_ms_p{q}", "float", f"{q}th percentile of the gaps between tokens {what}{more}.", "ms")
+    for kind, what in (("plain", "without a memory between them"), ("trigger", "with a memory between them"))
+    for q, more in ((50, ""), (90, ""), (95, ""), (99, "; null below 500 gaps"))
+)
+
 LATENCY_COLUMNS: tuple[Column, ...] = (
     _METHOD,
     _MODEL,
@@ -494,7 +500,50 @@ LATENCY_COLUMNS: tuple[Column, ...] = (
     _c("monitor_ms", "float", "Computing the trigger's signal.", "ms"),
     _c("consolidate_ms", "float", "Making memories.", "ms"),
     _c("inject_ms", "float", "Passing memories through the backbone.", "ms"),
-    _c("peak_alloc_bytes", "int", "Peak memory allocated on the device.", "bytes"),
+    _c("tpot_ms", "float", "Time per output token after the first.", "ms", "(e2e_ms - ttft_ms) / (output_tokens - 1)"),
+    _c("step_ms", "float", "Single tokens through the backbone, the monitor's part in it.", "ms"),
+    _c("sample_ms", "float", "Choosing tokens and bringing them to the host.", "ms"),
+    *_ITL_BLOCK,
+    _c(
+        "text_tok_s",
+        "float",
+        "Text tokens a second after the prefill.",
+        "1/s",
+        "(output_tokens - 1) / decode_ms * 1000",
+    ),
+    _c(
+        "positions_s",
+        "float",
+        "Positions through the backbone a second after the prefill, latents and what is encoded again included.",
+        "1/s",
+        "(positions_encoded - context) / decode_ms * 1000",
+    ),
+    _c(
+        "unaccounted_share",
+        "float",
+        "Part of the time that lies in no phase.",
+        "share",
+        "1 - (prefill_ms + step_ms + sample_ms + consolidate_ms + inject_ms) / e2e_ms",
+    ),
+    _c("timing_consistent", "bool", "The phases add up to the whole within 2 %."),
+    _c("bytes_token", "float", "Least memory traffic a text token of the decode, by formula.", "bytes"),
+    _c("flops_token", "float", "Least operations a text token of the decode, by formula.", "FLOP"),
+    _c(
+        "bandwidth_share",
+        "float",
+        "That traffic over the time, as a share of the copy bandwidth that the command measured.",
+        "share",
+        "bytes_token * output_tokens / decode_s / bytes_s of a copy",
+    ),
+    _c(
+        "flops_share",
+        "float",
+        "Those operations over the time, as a share of the matrix product that the command measured.",
+        "share",
+        "flops_token * output_tokens / decode_s / FLOP/s of a matrix product",
+    ),
+    _c("peak_alloc_bytes", "int", "Peak memory allocated on the device, in a run of its own.", "bytes"),
+    _c("peak_reserved_bytes", "int", "Peak memory that the allocator held, in the same run.", "bytes"),
 )
 
 ABLATION_COLUMNS: tuple[Column, ...] = (

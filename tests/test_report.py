@@ -347,7 +347,7 @@ def test_page_says_why_texts_are_vanillas(tmp_path: Path) -> None:
 
 
 def test_page_shows_the_latency_protocol(tmp_path: Path) -> None:
-    from flashmem_bench.latency import append_rows
+    from flashmem_bench.latency.files import append
 
     make_results(tmp_path, suites=["hops"], methods=["vanilla"], n=2)
     common = {"model": "m", "device": "cpu", "dtype": "float32", "batch_size": 1, "exec": "eager", "protocol": "paper"}
@@ -356,7 +356,7 @@ def test_page_shows_the_latency_protocol(tmp_path: Path) -> None:
         for run in range(6)
         for method, e2e in (("vanilla", 10.0), ("flashmem", 12.5))
     ]
-    append_rows(tmp_path, rows)
+    append(tmp_path, rows)
     paths = build_report(tmp_path)
     assert len(build_tables(ResultStore(tmp_path))["latency"]) == 12
     assert "1.25 [1.25, 1.25]" in paths.html.read_text()

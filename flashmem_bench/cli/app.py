@@ -18,6 +18,7 @@ from flashmem_bench.cli.report import report
 from flashmem_bench.cli.reproduce import reproduce
 from flashmem_bench.cli.run import run
 from flashmem_bench.cli.train import train
+from flashmem_bench.cli.verify import verify
 
 app = typer.Typer(
     name="flashmem-bench",
@@ -45,6 +46,7 @@ for _name, _command in {
     "latency": latency,
     "compare": compare,
     "report": report,
+    "verify": verify,
     "plan": plan,
     "reproduce": reproduce,
     "list": list_names,

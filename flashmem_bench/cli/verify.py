@@ -1,0 +1,41 @@
+"""`flashmem-bench verify`: every published number made again from the sample rows."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from flashmem_bench.cli import options as o
+
+_SHOWN = 20
+
+
+def verify(
+    run: Annotated[
+        str | None, typer.Argument(help="The beginning of a cell's id; left out, all cells and the tables.")
+    ] = None,
+    results_dir: o.ResultsDir = o.DEFAULT_RESULTS,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> int:
+    """Check hashes, formulas and tables of a results folder; exit 1 if anything is not as its rows say.
+
+    Example: flashmem-bench verify --results-dir results
+    """
+    o.set_up_logging(debug)
+    from flashmem_bench.errors import StoreError
+    from flashmem_bench.verification import verify as check
+
+    if not (results_dir / "runs").is_dir():
+        raise StoreError(f"there are no results in {results_dir}; make some with flashmem-bench run")
+    compared, problems = check(results_dir, run)
+    if json:
+        o.emit_json({"compared": compared, "problems": [vars(problem) for problem in problems]})
+    else:
+        for problem in problems[:_SHOWN]:
+            print(f"{problem.where}: {problem.what}")
+        if len(problems) > _SHOWN:
+            print(f"and {len(problems) - _SHOWN} more")
+        print(f"{compared:,} numbers compared, {len(problems)} wrong")
+    return 1 if problems else 0
