@@ -51,8 +51,10 @@ def build_report(results_dir: Path, *, unequal: bool = False) -> ReportPaths:
         raise StoreError(nothing)
     from flashmem_bench.claims import pinned
     from flashmem_bench.latency import read_rows
+    from flashmem_bench.report.benefit_figures import draw_benefit
     from flashmem_bench.report.cells import load_cells
     from flashmem_bench.report.compare import comparison_warnings
+    from flashmem_bench.report.cost_figures import draw_latency
     from flashmem_bench.report.figures import draw_all
     from flashmem_bench.report.html import render
     from flashmem_bench.report.stories import write_stories
@@ -67,7 +69,8 @@ def build_report(results_dir: Path, *, unequal: bool = False) -> ReportPaths:
     tables = tables_of(cells, read_rows(root), training, unequal=unequal, margins=pinned(root))
     warnings = comparison_warnings(cells)
     drawings = [*draw_all(tables, root / "figures"), *draw_traces(cells, root / "figures")]
-    drawings += draw_training(tables["training"], root / "figures")
+    drawings += draw_benefit(tables["comparisons"], tables["runs"], root / "figures")
+    drawings += draw_training(tables["training"], root / "figures") + draw_latency(tables["latency"], root / "figures")
     stories = write_stories(cells, root)
     page = root / "report.html"
     temporary = page.with_suffix(".html.tmp")

@@ -90,6 +90,7 @@ def render(
         "suites": [_suite(suite, cells, tables, drawings) for suite in suites],
         "stories": {suite: _stories(suite, stories) for suite in suites},
         "latency": _latency(tables["latency"]),
+        "latency_figures": [_figure(drawing) for drawing in drawings if drawing.kind == "latency"],
         "training": [_figure(drawing) for drawing in drawings if drawing.kind == "training"],
         "ablations": _ablations(tables["ablations"], drawings),
         "definitions": [column for column in TABLES["runs"] if column.name in _DEFINED],

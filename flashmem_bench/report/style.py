@@ -36,6 +36,7 @@ class Look:
 _LOOKS = {
     "vanilla": Look(BLACK, "o"),
     "flashmem": Look(VERMILLION, "D"),
+    "flashmem-watch": Look(BLACK, "D", hollow=True),
     "flashmem-literal": Look(ORANGE, "d"),
     "flashmem-prompt-end": Look(ORANGE, "^"),
     "flashmem-no-monitor": Look(ORANGE, "v"),
@@ -52,8 +53,14 @@ _LOOKS = {
     "flashmem-plus": Look(VERMILLION, "*"),
     "memgen": Look(GREY, "s"),
     "memgen-cached": Look(GREY, "s", hollow=True),
+    "memgen-noop-memory": Look(GREY, "v", hollow=True),
     "lora-sft": Look(BLUE, "p"),
     "prompt-tuning": Look(BLUE, "h", hollow=True),
+    "cot-sc": Look(GREEN, "*"),
+    "snapkv": Look(SKY, "<"),
+    "streaming-llm": Look(SKY, ">"),
+    "tova": Look(SKY, "<", hollow=True),
+    "h2o": Look(SKY, ">", hollow=True),
 }
 _SPARE = tuple(Look(color, marker) for marker in "<>ph*" for color in (BLUE, GREEN, GREY, PURPLE, SKY))
 
