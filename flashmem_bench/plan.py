@@ -18,12 +18,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from flashmem_bench.claims import load_claims
 from flashmem_bench.errors import BenchError
 from flashmem_bench.floor import Shape, decode_floor
 from flashmem_bench.models import BUNDLED
 from flashmem_bench.recipes import Recipe, Samples
 from flashmem_bench.registry import get_method, get_methods
 from flashmem_bench.settings import resolve
+from flashmem_bench.stats import minimum_detectable_difference, samples_for_margin
 
 _GIB = 2**30
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
@@ -209,7 +211,7 @@ def make_plan(recipe: Recipe, shape: Shape, tied: bool, samples: Samples, device
         device: How fast it is.
 
     Returns:
-        `phases`, `total`, `assumptions`, `samples`, `parameters` and `device`.
+        `phases`, `total`, `assumptions`, `samples`, `parameters`, `power` and `device`.
     """
     costs = Costs(recipe, shape, tied, device)
     phases = [*_sampling(costs, samples), *_trainings(costs, samples), _calibration(costs, samples)]
@@ -226,7 +228,26 @@ def make_plan(recipe: Recipe, shape: Shape, tied: bool, samples: Samples, device
         "parameters": {"backbone": costs.weights, **{m: costs.learned(m) for m in recipe.train.methods}},
         "samples": samples.model_dump(),
         "device": asdict(device),
+        "power": power(recipe, samples),
         "assumptions": assumptions(costs),
+    }
+
+
+def power(recipe: Recipe, samples: Samples) -> dict[str, Any]:
+    """Return what the comparisons of a recipe can see, and the margins that its claims will be tested with.
+
+    A paired test rests on the samples on which two methods differ; how many that will be is the recipe's guess.
+    """
+    each = samples.test // max(1, len(recipe.suites))
+    n = min(each, recipe.run.limit or each)
+    share = recipe.plan.discordant_share
+    margins = {claim.id: claim.margin for claim in load_claims() if claim.test == "no-worse"}
+    return {
+        "samples_a_suite": n,
+        "discordant_share": share,
+        "minimum_detectable": minimum_detectable_difference(n, share),
+        "margins": margins,
+        "samples_for_margin": {name: samples_for_margin(margin, share) for name, margin in margins.items()},
     }
 
 

@@ -144,6 +144,7 @@ class Plan(_Part):
         prefill_mfu: The same of encoding prompts.
         bandwidth_share: Share of its bandwidth that decoding reaches.
         launches_layer: Operations that eager execution starts one after the other for a layer of a decode step.
+        discordant_share: Share of the samples that two compared methods do not both get right or both wrong.
         samples: Numbers of samples where the data is not here.
     """
 
@@ -156,6 +157,7 @@ class Plan(_Part):
     prefill_mfu: Annotated[float, Field(gt=0, le=1)] = 0.4
     bandwidth_share: Annotated[float, Field(gt=0, le=1)] = 0.6
     launches_layer: Annotated[float, Field(ge=0)] = 60.0
+    discordant_share: Annotated[float, Field(gt=0, le=1)] = 0.15
     samples: Samples = Samples()
 
 

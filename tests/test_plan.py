@@ -95,3 +95,16 @@ def test_plan_works_without_a_network(monkeypatch, tmp_path, capsys) -> None:
 def test_the_machine_is_measured_where_no_speed_is_given() -> None:
     device = planning.measure_device("cpu", "float32")
     assert min(device.tflops, device.bandwidth, device.launch_us) > 0 and "measured here on cpu" in device.source
+
+
+def test_a_plan_says_what_its_comparisons_can_see() -> None:
+    from flashmem_bench import stats
+    from flashmem_bench.plan import power
+    from flashmem_bench.recipes import Recipe, Samples
+
+    recipe = Recipe(suites=("hops",)).with_values({"run.limit": 400, "plan.discordant_share": 0.2})
+    found = power(recipe, Samples(test=1500))
+    assert found["samples_a_suite"] == 400
+    assert found["minimum_detectable"] == stats.minimum_detectable_difference(400, 0.2)
+    assert found["samples_for_margin"]["parity-memgen"] == pytest.approx(stats.samples_for_margin(0.02, 0.2))
+    assert power(recipe, Samples(test=2))["minimum_detectable"] is None

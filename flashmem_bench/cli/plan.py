@@ -87,5 +87,18 @@ def show(document: dict[str, Any]) -> None:
     print(f"{document['recipe']} on {document['model']}; parameters: {parameters}")
     counts = ", ".join(f"{split} {number}" for split, number in document["samples"].items())
     print(f"samples: {counts}")
+    print(_power(document["power"]))
     for sentence in document["assumptions"]:
         print(f"- {sentence}")
+
+
+def _power(power: dict[str, Any]) -> str:
+    """What the comparisons can see, in a sentence or two."""
+    least = power["minimum_detectable"]
+    seen = f"a difference of {100 * least:.1f} points or more" if least is not None else "no difference at all"
+    margins = sorted({(power["margins"][name], needed) for name, needed in power["samples_for_margin"].items()})
+    needs = "; ".join(f"a margin of {100 * margin:g} points needs {needed:,.0f}" for margin, needed in margins)
+    return (
+        f"comparisons: {power['samples_a_suite']:,} paired samples of a suite show {seen} with a power of 80 % where two "
+        f"methods differ on {power['discordant_share']:.0%} of them; {needs}"
+    )

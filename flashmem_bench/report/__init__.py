@@ -22,7 +22,7 @@ class ReportPaths:
 
     Attributes:
         html: the page.
-        tables: parquet and csv files.
+        tables: parquet, csv, Markdown and LaTeX files.
         figures: png and svg files.
         stories: pages of single samples.
         warnings: what a reader must know before comparing, also on the page.
@@ -55,6 +55,7 @@ def build_report(results_dir: Path, *, unequal: bool = False) -> ReportPaths:
     from flashmem_bench.report.cells import load_cells
     from flashmem_bench.report.compare import comparison_warnings
     from flashmem_bench.report.cost_figures import draw_latency
+    from flashmem_bench.report.exports import write_exports
     from flashmem_bench.report.figures import draw_all
     from flashmem_bench.report.html import render
     from flashmem_bench.report.stories import write_stories
@@ -78,4 +79,5 @@ def build_report(results_dir: Path, *, unequal: bool = False) -> ReportPaths:
     temporary.replace(page)
     figures = [path for drawing in drawings for path in (drawing.svg.with_suffix(".png"), drawing.svg)]
     pages = [story.path for story in stories]
-    return ReportPaths(page, write_tables(tables, root / "tables"), figures, pages, warnings)
+    written = write_tables(tables, root / "tables") + write_exports(tables, root / "tables")
+    return ReportPaths(page, written, figures, pages, warnings)
