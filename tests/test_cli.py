@@ -50,7 +50,7 @@ BAD = [
         "does not read --insertion",
     ),
     ("train --method memgen --suite hops --model {model} --set memory.trained_trigger=true", 2, "--trigger-of FOLDER"),
-    ("latency --method vanilla,cot-sc --model {model} --contexts 16", 2, "cot-sc is none of these"),
+    ("latency --method vanilla,flashmem-matched-fixed --model {model} --contexts 16", 2, "time flashmem instead"),
     ("run --suite wordmath --method vanilla --limit -3", 2, "--limit must be a whole number of at least 1"),
     ("run --suite wordmath --method vanilla --limit 0", 2, "at least 1"),
     ("run --suite wordmath --method vanilla --limit few", 2, "at least 1"),

@@ -99,6 +99,6 @@ def _power(power: dict[str, Any]) -> str:
     margins = sorted({(power["margins"][name], needed) for name, needed in power["samples_for_margin"].items()})
     needs = "; ".join(f"a margin of {100 * margin:g} points needs {needed:,.0f}" for margin, needed in margins)
     return (
-        f"comparisons: {power['samples_a_suite']:,} paired samples of a suite show {seen} with a power of 80 % where two "
-        f"methods differ on {power['discordant_share']:.0%} of them; {needs}"
+        f"comparisons: {power['samples_a_suite']:,} paired samples of a suite show {seen} with a power of 80 % where "
+        f"two methods differ on {power['discordant_share']:.0%} of them; {needs}"
     )
