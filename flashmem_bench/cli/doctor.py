@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated, Any
+
+import typer
 
 from flashmem_bench.cli import options as o
 
+_PROMPTS, _BATCH = 16, 4
+
 
 def doctor(
+    determinism: Annotated[
+        bool, typer.Option("--determinism", help="Generate twice, and at two batch sizes, and compare the tokens.")
+    ] = False,
+    model: o.Model = "flashmem-tiny",
+    device: o.Device = "auto",
+    dtype: o.DType = "auto",
     results_dir: o.ResultsDir = o.DEFAULT_RESULTS,
     data_dir: o.DataDir = None,
     json: o.Json = False,
@@ -15,6 +26,8 @@ def doctor(
 ) -> int:
     """Examine the installation; exit code 1 if something essential is broken."""
     o.set_up_logging(debug)
+    if determinism:
+        return _determinism(model, device, dtype, json=json)
     from flashmem_bench.doctor import examine
 
     checks = examine(results_dir, data_dir)
@@ -27,3 +40,28 @@ def doctor(
         show_rows([{"": check.status, "check": check.name, "found": check.detail} for check in checks], json=False)
         print("broken: " + ", ".join(check.name for check in broken) if broken else "nothing essential is broken")
     return 1 if broken else 0
+
+
+def _determinism(model: str, device: str, dtype: str, *, json: bool) -> int:
+    """Compare tokens; exit code 1 where not even the same batch gives them again."""
+    from flashmem.memory import MemoryConfig, new_memory
+    from flashmem_bench.determinism import measure
+    from flashmem_bench.models import load_backbone
+    from flashmem_bench.tasks import load_suite
+
+    backbone = load_backbone(model, device, dtype)
+    prompts = [backbone.encode_chat(sample.prompt) for sample in load_suite("wordmath").samples()[:_PROMPTS]]
+    found = measure(backbone, prompts, _BATCH)
+    found += measure(backbone, prompts, _BATCH, new_memory(MemoryConfig(), backbone).eval())
+    if json:
+        o.emit_json([dataclasses.asdict(entry) for entry in found])
+    else:
+        print(f"{backbone.name}, {backbone.device.type}, {str(backbone.dtype).removeprefix('torch.')}")
+        for entry in found:
+            print(_sentence(entry))
+    return 1 if any(entry.same < entry.answers and "twice" in entry.what for entry in found) else 0
+
+
+def _sentence(entry: Any) -> str:
+    where = "" if entry.first_difference is None else f"; the earliest difference is at token {entry.first_difference}"
+    return f"{entry.what}: {entry.same} of {entry.answers} answers are equal token for token{where}"
