@@ -417,7 +417,7 @@ COMPARISON_COLUMNS: tuple[Column, ...] = (
     _c(
         "kind",
         "string",
-        "baseline: against vanilla; control: against a placebo; rival: against another method.",
+        "baseline: against vanilla; placebo: against a control; rival: against another method.",
     ),
     _c("a", "string", "Method whose gain is asked."),
     _c("b", "string", "Method that it is compared with."),
