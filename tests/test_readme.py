@@ -25,6 +25,7 @@ SMALLER = {
     "report": "--quiet",
     "plan": "",
     "reproduce": "--quiet",
+    "compare": "",
 }
 
 
