@@ -182,3 +182,42 @@ def test_p_values_agree_with_scipy() -> None:
     pairs = np.repeat(np.arange(100), 2).tolist()
     means = (first - second).reshape(100, 2).mean(axis=1)
     assert stats.paired_p(first, second, pairs) == pytest.approx(reference.ttest_1samp(means, 0).pvalue)
+
+
+def _runs(rng: np.random.Generator, means: list[float], n: int = 300) -> np.ndarray:
+    return np.array([(rng.uniform(size=n) < mean).astype(float) for mean in means])
+
+
+def test_seed_differences_draw_seeds_and_samples_together() -> None:
+    rng = np.random.default_rng(8)
+    near, far = _runs(rng, [0.5, 0.5, 0.5]), _runs(rng, [0.3, 0.5, 0.7])
+    zero = np.zeros((1, 300))
+    narrow, _ = stats.seed_difference(near, zero, paired=False)
+    wide, p_value = stats.seed_difference(far, zero, paired=False)
+    assert narrow.estimate == pytest.approx(near.mean()) and wide.estimate == pytest.approx(far.mean())
+    assert wide.high - wide.low > 1.5 * (narrow.high - narrow.low)
+    assert p_value < 0.001
+    same = stats.seeds_and_samples(far)
+    assert (wide.low, wide.high) == pytest.approx((same.low, same.high), abs=0.02)
+
+
+def test_paired_seeds_cancel_what_they_share() -> None:
+    rng = np.random.default_rng(9)
+    runs = _runs(rng, [0.2, 0.5, 0.8])
+    changed = runs.copy()
+    changed[:, :12] = 1.0
+    together, _ = stats.seed_difference(changed, runs, paired=True)
+    apart, _ = stats.seed_difference(changed, runs, paired=False)
+    assert together.low > 0 and apart.low < 0
+    equal, p_value = stats.seed_difference(runs, runs, paired=True)
+    assert equal == (0.0, 0.0, 0.0) and p_value == 1.0
+
+
+def test_seed_differences_know_clusters() -> None:
+    rng = np.random.default_rng(10)
+    documents = (rng.uniform(size=(2, 60)) < 0.5).astype(float)
+    scores, labels = np.repeat(documents, 5, axis=1), np.repeat(np.arange(60), 5).tolist()
+    zero = np.zeros((1, 300))
+    clustered, _ = stats.seed_difference(scores, zero, labels, paired=False)
+    single, _ = stats.seed_difference(documents, zero[:, :60], paired=False)
+    assert (clustered.low, clustered.high) == pytest.approx((single.low, single.high), abs=0.02)
