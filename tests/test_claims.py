@@ -222,6 +222,14 @@ def test_regression_to_the_mean_is_no_fall(tmp_path: Path) -> None:
     assert found(0.5).interval.estimate == pytest.approx(0.5) and found(0.5).n == 40
 
 
+def test_the_method_as_it_is_stands_for_itself(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    scores(store, "vanilla", right(200))
+    scores(store, "flashmem", right(300), settings={"trigger.kind": "prompt-end"})
+    scores(store, "flashmem", right(220, 300))
+    assert answers(store)["beats-vanilla", "hops"]["estimate"] == pytest.approx(20 / 300)
+
+
 def test_compare_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = ResultStore(tmp_path)
     scores(store, "vanilla", right(200))

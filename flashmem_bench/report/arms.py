@@ -18,6 +18,7 @@ from flashmem_bench import stats
 from flashmem_bench.registry import get_method
 from flashmem_bench.report.cells import Cell, closeness, refusal
 from flashmem_bench.report.measures import clusters
+from flashmem_bench.settings import resolve
 
 # What a training seed may change about a cell.
 _FOLLOWS_THE_SEED = ("memory",)
@@ -66,13 +67,34 @@ def alike(cell: Cell) -> tuple[Any, ...]:
 
 
 def arms_of(cells: Sequence[Cell], suite: str, method: str) -> list[Arm]:
-    """The arms of a method on a suite: memories of the suite's own first, then more seeds, then more samples."""
+    """The arms of a method on a suite, the one that stands for it first.
+
+    Those come first whose settings are the method's own, then memories of the suite's own, then more seeds, then more
+    samples.
+    """
     groups: dict[tuple[Any, ...], dict[int | None, Cell]] = {}
     for cell in cells:
         if (cell.suite, cell.method) == (suite, method) and cell.is_main:
             groups.setdefault(alike(cell), {})[cell.train_seed] = cell
     found = [Arm(dict(sorted(runs.items(), key=lambda item: item[0] or 0))) for runs in groups.values()]
-    return sorted(found, key=lambda arm: (arm.first.scope != "suite", -len(arm.runs), -len(arm.first.rows)))
+    return sorted(found, key=_rank)
+
+
+def _rank(arm: Arm) -> tuple[int, bool, int, int]:
+    return _changed_settings(arm.first), arm.first.scope != "suite", -len(arm.runs), -len(arm.first.rows)
+
+
+def _changed_settings(cell: Cell) -> int:
+    """How many settings are not the method's own; those of a memory come with its checkpoint."""
+    try:
+        spec = get_method(cell.method)
+    except FlashMemError:
+        return 0
+    own = resolve({}, fixed=spec.fixed, defaults=spec.defaults, method=spec.name).flat()
+    there = {
+        key.removeprefix("settings."): value for key, value in cell.settings.items() if key.startswith("settings.")
+    }
+    return sum(value != own[key] for key, value in there.items() if key in own and not key.startswith("memory."))
 
 
 def arm_against(arm: Arm, cells: Sequence[Cell], method: str) -> Arm | None:
