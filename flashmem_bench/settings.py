@@ -49,7 +49,7 @@ class TriggerSettings(_Group):
     rate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="chance a step (kind random)")] = 0.05
     cooldown: Annotated[int, Field(ge=0, le=_MANY, description="text tokens without a memory after one; 0 = none")] = 32
     max_injections: Annotated[
-        int | None, Field(ge=1, le=_MANY, description="memories a sample at most; none = no limit")
+        int | None, Field(ge=0, le=_MANY, description="memories a sample at most; 0 = watch only, none = no limit")
     ] = 8
 
 
