@@ -123,6 +123,9 @@ def test_training_seeds_are_in_the_interval(tmp_path: Path) -> None:
     alone = 60 / 400
     assert row["seeds"] == 3 and row["estimate"] == pytest.approx(alone)
     assert row["high"] - row["low"] > 0.12, "the spread of the seeds is wider than that of the samples"
+    scores(store, "flashmem-random-trigger", right(200), train_seed=1)
+    alone = answers(store)["moments-random", "hops"]
+    assert alone["seeds"] == 1 and alone["estimate"] == pytest.approx(60 / 400), "run is paired with run by its memory"
 
 
 def test_five_times_as_fast_is_never_said_of_a_cpu(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ class Difference:
         n: samples that all runs have.
         a: mean score of a over seeds and samples.
         b: mean score of b.
+        seeds: training seeds of a that entered; None where nothing was trained.
     """
 
     interval: stats.Interval
@@ -58,6 +59,7 @@ class Difference:
     n: int
     a: float
     b: float
+    seeds: int | None
 
 
 def alike(cell: Cell) -> tuple[Any, ...]:
@@ -143,7 +145,8 @@ def difference(a: Arm, b: Arm, value: Callable[[dict[str, Any]], float | None] |
         p_value = stats.paired_p(first[0], second[0], labels)
     else:
         interval, p_value = stats.seed_difference(first, second, labels, paired=paired)
-    return Difference(interval, p_value, len(shared), float(first.mean()), float(second.mean()))
+    seeds_a = None if None in a.runs else len(runs_a)
+    return Difference(interval, p_value, len(shared), float(first.mean()), float(second.mean()), seeds_a)
 
 
 def valid_score(row: dict[str, Any]) -> float | None:

@@ -93,7 +93,7 @@ def _better_than(claim: Claim, arm: Arm, method: str, cells: Sequence[Cell]) -> 
         verdict, why = NOT_SUPPORTED, "worse" if interval.high < 0 else f"at most {say.share(claim.margin)} higher"
     else:
         verdict, why = CANNOT_TELL, "the interval holds 0"
-    return Answer(verdict, f"{_scores(found)}: {why}", method, interval, found.n, arm.seeds, found.p_value)
+    return Answer(verdict, f"{_scores(found)}: {why}", method, interval, found.n, found.seeds, found.p_value)
 
 
 def _no_worse(claim: Claim, arm: Arm, cells: Sequence[Cell]) -> Answer:
@@ -118,7 +118,7 @@ def _within_margin(claim: Claim, arm: Arm, found: Difference, method: str, doubt
         verdict, why = NOT_SUPPORTED, "lower"
     else:
         verdict, why = CANNOT_TELL, f"the interval reaches below {say.points(-claim.margin)}"
-    return Answer(verdict, f"{_scores(found)}: {why}", method, interval, found.n, arm.seeds, found.p_value)
+    return Answer(verdict, f"{_scores(found)}: {why}", method, interval, found.n, found.seeds, found.p_value)
 
 
 def _assay(claim: Claim, rival: Arm, cells: Sequence[Cell]) -> str | None:
