@@ -103,7 +103,7 @@ def row_of(
         "positions_encoded": generation.positions_encoded,
         "positions_woven": generation.positions_woven,
         **{name: getattr(timing, name) for name in ("prefill_ms", "ttft_ms", "decode_ms", "e2e_ms", "tpot_ms")},
-        **{name: getattr(timing, f"{name}") for name in ("step_ms", "sample_ms")},
+        **{name: getattr(timing, name) for name in ("step_ms", "sample_ms")},
         **{name: getattr(timing, name) for name in ("monitor_ms", "consolidate_ms", "inject_ms")},
         **_tails("itl_plain_ms", plain),
         **_tails("itl_trigger_ms", triggering),

@@ -160,13 +160,12 @@ def _score_difference(pairs: Sequence[tuple[Record, Record]]) -> Record:
         if None not in (a.get("score"), b.get("score")) and False not in (a.get("score_valid"), b.get("score_valid"))
     ]
     if not valid:
-        return {"verdict": "cannot tell"}
+        return {}
     scored, labels = [(a["score"], b["score"]) for a, b in valid], clusters([a for a, _ in valid])
     first, second = [a for a, _ in scored], [b for _, b in scored]
     fixed, broken = sum(a > b for a, b in scored), sum(a < b for a, b in scored)
     p_value = stats.paired_p(first, second, labels)
     interval = stats.paired_difference(first, second, labels)
-    sure = interval.excludes(0) and p_value < _SIGNIFICANT
     return {
         "difference": interval.estimate,
         "low": interval.low,
@@ -174,5 +173,4 @@ def _score_difference(pairs: Sequence[tuple[Record, Record]]) -> Record:
         "fixed": fixed,
         "broken": broken,
         "p_value": p_value,
-        "verdict": ("better" if interval.estimate > 0 else "worse") if sure else "cannot tell",
     }

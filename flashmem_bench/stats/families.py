@@ -20,12 +20,9 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     Returns:
         [m] adjusted p-values in the given order.
     """
-    given = np.asarray(p_values, dtype=np.float64)
-    known = np.flatnonzero(~np.isnan(given))
-    order = known[np.argsort(given[known], kind="stable")]
-    adjusted = given.copy()
+    adjusted, order = _ascending(p_values)
     # The smallest is multiplied by their number, the next by one less; none may fall below an earlier one.
-    steps = given[order] * np.arange(len(order), 0, -1)
+    steps = adjusted[order] * np.arange(len(order), 0, -1)
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(steps))
     return adjusted
 
@@ -39,10 +36,14 @@ def benjamini_hochberg(p_values: ArrayLike) -> NDArray[np.float64]:
     Returns:
         [m] adjusted p-values in the given order.
     """
-    given = np.asarray(p_values, dtype=np.float64)
-    known = np.flatnonzero(~np.isnan(given))
-    order = known[np.argsort(given[known], kind="stable")]
-    adjusted = given.copy()
-    steps = given[order] * len(order) / np.arange(1, len(order) + 1)
+    adjusted, order = _ascending(p_values)
+    steps = adjusted[order] * len(order) / np.arange(1, len(order) + 1)
     adjusted[order] = np.minimum(1.0, np.minimum.accumulate(steps[::-1])[::-1])
     return adjusted
+
+
+def _ascending(p_values: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """A copy of the p-values, and the places of those that are known, smallest first."""
+    given = np.array(p_values, dtype=np.float64)
+    known = np.flatnonzero(~np.isnan(given))
+    return given, known[np.argsort(given[known], kind="stable")]
