@@ -20,11 +20,13 @@ from flashmem_bench.latency.campaign import Campaign, measure
 from flashmem_bench.latency.files import BLOCKS, append, read_rows
 from flashmem_bench.latency.interleave import Stop, by_importance, compared, entropy_thresholds
 from flashmem_bench.latency.protocol import Protocol
+from flashmem_bench.latency.selfcheck import SelfCheck, check_harness
 from flashmem_bench.latency.shapes import SHAPES, random_backbone
 from flashmem_bench.latency.timing import generate_once
 from flashmem_bench.latency.work import model_pass, run_work
 from flashmem_bench.registry import method_names
 from flashmem_bench.schema import LATENCY_COLUMNS, column_names
+from flashmem_bench.stats import Interval
 from tests.flashmem.conftest import make_backbone
 
 QWEN_1_5B = Shape(layers=28, width=1536, heads=12, kv_heads=2, head_width=128, ffn=8960, vocabulary=151936)
@@ -138,6 +140,23 @@ def test_gaps_and_phases_of_a_row_add_up() -> None:
         assert row["itl_trigger_ms_p50"] > row["itl_plain_ms_p50"] > 0
         assert row["itl_plain_ms_p99"] is None
         assert row["bandwidth_share"] is None and row["bytes_token"] > 0
+
+
+def test_the_harness_checks_itself() -> None:
+    backbone = make_backbone()
+    arm = new_arm("flashmem", backbone, SHORT)
+    check = check_harness(backbone, arm, SHORT, 16, repeats=3, runs=5)
+    assert len(check.gaps) == 3 * 2 * 5 and len(check.ratios) == 3
+    assert check.covered <= 3 and all(ratio.low <= ratio.estimate <= ratio.high for ratio in check.ratios)
+    assert json.loads(json.dumps(check.plain()))["covered"] == check.covered
+
+
+def test_a_harness_that_is_off_says_so() -> None:
+    fine, off = Interval(1.0, 0.9, 1.1), Interval(1.2, 1.1, 1.3)
+    good = SelfCheck("vanilla", 512, [0.001] * 19 + [0.3], Interval(1.01, 0.99, 1.03), [fine] * 17 + [off] * 3)
+    bad = SelfCheck("vanilla", 512, [0.001] * 18 + [0.3] * 2, Interval(1.04, 1.03, 1.05), [fine] * 16 + [off] * 4)
+    assert all(ok for _, ok in good.findings())
+    assert not any(ok for _, ok in bad.findings())
 
 
 def test_rivals_encode_what_the_formula_says_and_are_compared_with_flashmem() -> None:

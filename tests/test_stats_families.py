@@ -55,6 +55,15 @@ def _answers(rng: np.random.Generator, n: int, p: float, discordant: float) -> t
     return first, np.where(first == 1, (moved >= down).astype(float), (moved < up).astype(float))
 
 
+@pytest.mark.parametrize("n", [5, 10, 29])
+def test_ratios_of_few_runs_cover_as_often_as_they_say(n: int) -> None:
+    rng = np.random.default_rng(n)
+    found = [
+        stats.geometric_mean_ratio(rng.lognormal(0.3, 0.1, size=n), rng.lognormal(0, 0.1, size=n)) for _ in range(RUNS)
+    ]
+    assert COVERS[0] < np.mean([not ratio.excludes(math.exp(0.3)) for ratio in found]) < COVERS[1]
+
+
 @pytest.mark.parametrize("p", [0.2, 0.5, 0.8])
 @pytest.mark.parametrize("n", [100, 400])
 def test_intervals_cover_as_often_as_they_say(n: int, p: float) -> None:

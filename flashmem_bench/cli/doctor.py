@@ -10,11 +10,15 @@ import typer
 from flashmem_bench.cli import options as o
 
 _PROMPTS, _BATCH = 16, 4
+_TIMED, _CONTEXT = ("vanilla", "flashmem"), 512
 
 
 def doctor(
     determinism: Annotated[
         bool, typer.Option("--determinism", help="Generate twice, and at two batch sizes, and compare the tokens.")
+    ] = False,
+    timing: Annotated[
+        bool, typer.Option("--timing", help="Time methods against themselves: can the times here be trusted?")
     ] = False,
     model: o.Model = "flashmem-tiny",
     device: o.Device = "auto",
@@ -28,6 +32,8 @@ def doctor(
     o.set_up_logging(debug)
     if determinism:
         return _determinism(model, device, dtype, json=json)
+    if timing:
+        return _timing(model, device, dtype, json=json)
     from flashmem_bench.doctor import examine
 
     checks = examine(results_dir, data_dir)
@@ -65,3 +71,22 @@ def _determinism(model: str, device: str, dtype: str, *, json: bool) -> int:
 def _sentence(entry: Any) -> str:
     where = "" if entry.first_difference is None else f"; the earliest difference is at token {entry.first_difference}"
     return f"{entry.what}: {entry.same} of {entry.answers} answers are equal token for token{where}"
+
+
+def _timing(model: str, device: str, dtype: str, *, json: bool) -> int:
+    """Time two methods against themselves; exit code 1 where phases, observer or intervals are not as they should be."""
+    from flashmem_bench.latency.arms import new_arm
+    from flashmem_bench.latency.protocol import Protocol
+    from flashmem_bench.latency.selfcheck import check_harness
+    from flashmem_bench.models import load_backbone
+
+    backbone, protocol = load_backbone(model, device, dtype), Protocol()
+    found = [check_harness(backbone, new_arm(name, backbone, protocol), protocol, _CONTEXT) for name in _TIMED]
+    if json:
+        o.emit_json([check.plain() for check in found])
+    else:
+        print(f"{backbone.name}, {backbone.device.type}, context {_CONTEXT}, protocol {protocol.name}")
+        for check in found:
+            for sentence, fine in check.findings():
+                print(f"{check.method}: {sentence}: {'ok' if fine else 'not ok'}")
+    return 0 if all(fine for check in found for _, fine in check.findings()) else 1

@@ -125,8 +125,9 @@ def _keep(results_dir: o.Path, block: Block) -> None:
 
 
 def _observer(block: Block) -> str:
-    name, ratio = max(block.record["observer_ratio"].items(), key=lambda item: item[1][0])
-    return "observing costs at most {:.1%} [{:.1%}, {:.1%}] ({})".format(*(value - 1 for value in ratio), name)
+    return "observing costs {:+.1%} [{:+.1%}, {:+.1%}]".format(
+        *(value - 1 for value in block.record["observer_ratio_of_all"])
+    )
 
 
 def _show(found: list[Any], device: str) -> None:

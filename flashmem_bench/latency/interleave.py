@@ -4,7 +4,8 @@ Methods alternate (A B C C B A ...), so that a drift of the machine's speed fall
 by run. A context is measured until the 95 % interval of every ratio is narrower than the tolerance to either side, at
 least `runs` and at most `most_runs` times, or until the time is up; which of the three it was is told.
 
-Warm-up runs come first, until the last three medians of the gaps between tokens agree. Inside the timed region are the
+Warm-up runs come first, until the last three medians of the gaps between tokens agree or half a minute, shared by the
+methods, is over. Inside the timed region are the
 prefill and the decode loop of the library, outside are tokenising and everything of the harness.
 """
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 LEAST_RUNS = 5
 _WARM_RUNS, _WARM_SECONDS, _STEADY = 2, 30.0, 0.02
-_OBSERVER_RUNS = 5
+_OBSERVER_RUNS, _OBSERVER_SECONDS = 5, 30.0
 
 
 @dataclass(frozen=True)
@@ -162,10 +163,11 @@ def measure_context(
     clock = clock_for(backbone.device.type)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     before = snapshot(str(backbone.device))
-    warm = {arm.name: _warm_up(backbone, arm, protocol, prompt, clock) for arm in arms}
+    share = _WARM_SECONDS / len(arms)
+    warm = {arm.name: _warm_up(backbone, arm, protocol, prompt, clock, share) for arm in arms}
     measured, rows = Measured({arm.name: [] for arm in arms}), []
     pairs = compared([arm.name for arm in arms])
-    with _quiet_collector():
+    with quiet_collector():
         for number in range(stop.most_runs):
             for arm in arms if number % 2 == 0 else list(arms)[::-1]:
                 run = timed_run(backbone, arm, protocol, prompt, clock)
@@ -174,9 +176,10 @@ def measure_context(
             reason = _enough(measured, pairs, number + 1, stop)
             if reason:
                 break
-        observer = {arm.name: list(observer_ratio(backbone, arm, protocol, prompt, clock)) for arm in arms}
+        observed = {arm.name: observer_times(backbone, arm, protocol, prompt, clock) for arm in arms}
     _fill_peaks(backbone, arms, protocol, prompt, rows)
     found = [_compare(backbone, arms, context, a, b, measured, protocol) for a, b in pairs]
+    gaps = [abs(row["unaccounted_share"]) for row in rows]
     record = {
         "context": context,
         "started_at": started,
@@ -184,7 +187,9 @@ def measure_context(
         "order": [row["method"] for row in rows],
         "stopped": reason or f"{stop.most_runs} runs",
         "warm_up_runs": warm,
-        "observer_ratio": observer,
+        "observer_ratio": {name: list(geometric_mean_ratio(*times)) for name, times in observed.items()},
+        "observer_ratio_of_all": list(_pooled(list(observed.values()))),
+        "largest_unaccounted_share": max(gaps),
         "before": before,
         "after": snapshot(str(backbone.device)),
         "ceilings": asdict(ceilings) if ceilings else None,
@@ -218,11 +223,13 @@ def _memories(arm: Arm) -> int:
     return cap if cap is not None else 0
 
 
-def _warm_up(backbone: Backbone, arm: Arm, protocol: Protocol, prompt: list[int], clock: HostClock) -> int:
-    """Run until the last three medians of the gaps between tokens agree, or for half a minute; returns how often."""
+def _warm_up(
+    backbone: Backbone, arm: Arm, protocol: Protocol, prompt: list[int], clock: HostClock, seconds: float
+) -> int:
+    """Run until the last three medians of the gaps between tokens agree, or the time is up; returns how often."""
     medians: list[float] = []
     began = time.monotonic()
-    while len(medians) < _WARM_RUNS or (time.monotonic() - began < _WARM_SECONDS and not _steady(medians)):
+    while len(medians) < _WARM_RUNS or (time.monotonic() - began < seconds and not _steady(medians)):
         gaps = timed_run(backbone, arm, protocol, prompt, clock).timing.itl_ms
         medians.append(statistics.median(gaps) if gaps else 0.0)
     return len(medians)
@@ -245,12 +252,18 @@ def _enough(measured: Measured, pairs: Sequence[tuple[str, str]], runs: int, sto
     return None
 
 
-def observer_ratio(
+def observer_times(
     backbone: Backbone, arm: Arm, protocol: Protocol, prompt: list[int], clock: HostClock, runs: int = _OBSERVER_RUNS
-) -> Interval:
-    """What timing itself costs: whole runs with the clock over runs without it, in turns."""
+) -> tuple[list[float], list[float]]:
+    """Seconds of whole runs with the clock and without it, in turns: their ratio is what timing itself costs.
+
+    Runs that take long are tried twice at least: the share that a clock costs is the smaller the longer a run takes.
+    """
     times: dict[bool, list[float]] = {True: [], False: []}
+    began = time.monotonic()
     for number in range(runs):
+        if number >= 2 and time.monotonic() - began > _OBSERVER_SECONDS:
+            break
         for watched in (True, False) if number % 2 == 0 else (False, True):
             _settle(backbone)
             start = time.perf_counter()
@@ -259,7 +272,14 @@ def observer_ratio(
             generate_once(backbone, arm, protocol, prompt, clock if watched else None)
             _settle(backbone)
             times[watched].append(time.perf_counter() - start)
-    return geometric_mean_ratio(times[True], times[False], resamples=2000)
+    return times[True], times[False]
+
+
+def _pooled(observed: Sequence[tuple[list[float], list[float]]]) -> Interval:
+    """Of every pair of runs: the largest of many noisy ratios would say nothing but how many there are."""
+    return geometric_mean_ratio(
+        [second for watched, _ in observed for second in watched], [second for _, plain in observed for second in plain]
+    )
 
 
 def _settle(backbone: Backbone) -> None:
@@ -308,7 +328,7 @@ def _compare(
 
 
 @contextmanager
-def _quiet_collector() -> Iterator[None]:
+def quiet_collector() -> Iterator[None]:
     """No garbage collection inside timed runs."""
     gc.collect()
     gc.freeze()

@@ -24,6 +24,7 @@ from flashmem_bench.stats.intervals import (
     ratio_of_sums,
     score_interval,
     share_clusters,
+    student_interval,
     wilson_interval,
 )
 from flashmem_bench.stats.pairs import (
@@ -72,6 +73,7 @@ __all__ = [
     "seed_difference",
     "seeds_and_samples",
     "share_clusters",
+    "student_interval",
     "wilcoxon_p",
     "wilson_interval",
 ]

@@ -74,6 +74,15 @@ def mean_interval(
     return percentile_interval(float(data.mean()), replicates, confidence)
 
 
+def student_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Mean with Student's interval; fewer than two values say nothing of the spread, and it is nan."""
+    data = np.asarray(values, dtype=np.float64)
+    if data.size < 2:
+        return Interval(float(data.sum()), math.nan, math.nan) if data.size else NOTHING
+    reach = scipy_stats.t.ppf(0.5 + confidence / 2, data.size - 1) * data.std(ddof=1) / math.sqrt(data.size)
+    return Interval(float(data.mean()), float(data.mean() - reach), float(data.mean() + reach))
+
+
 def score_interval(
     scores: ArrayLike, clusters: Sequence[Hashable] | None = None, *, seed: int = 0, confidence: float = 0.95
 ) -> tuple[Interval, str]:
