@@ -74,7 +74,7 @@ def _sentence(entry: Any) -> str:
 
 
 def _timing(model: str, device: str, dtype: str, *, json: bool) -> int:
-    """Time two methods against themselves; exit code 1 where phases, observer or intervals are not as they should be."""
+    """Time two methods against themselves; exit code 1 where phases, observer or intervals are off."""
     from flashmem_bench.latency.arms import new_arm
     from flashmem_bench.latency.protocol import Protocol
     from flashmem_bench.latency.selfcheck import check_harness
