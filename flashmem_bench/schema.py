@@ -307,6 +307,7 @@ RUN_COLUMNS: tuple[Column, ...] = (
     _c("settings", "string", "Settings in which cells of the same suite and method differ."),
     _c("status", "string", "complete, or partial when the last attempt was stopped or samples failed."),
     *_SCORE_BLOCK,
+    _c("published_score", "float", "The paper's score with this method, suite and backbone; null without.", "share"),
     _c(
         "delta_vanilla",
         "float",
@@ -405,7 +406,13 @@ SEED_COLUMNS: tuple[Column, ...] = (
     _c("score", "float", "Mean over seeds and samples.", "share"),
     _c("score_low", "float", "Lower end of its 95 % bootstrap interval over seeds and samples together.", "share"),
     _c("score_high", "float", "Upper end of that interval.", "share"),
-    _c("within_run_se", "float", "Standard error of a run's mean from its samples.", "share", "sqrt(mean(var / n))"),
+    _c(
+        "within_run_se",
+        "float",
+        "Standard error of a run's mean from its samples, clustered where they share a cluster.",
+        "share",
+        "sqrt(mean(se ** 2))",
+    ),
     _c("between_seed_sd", "float", "Standard deviation of the runs' means.", "share", "sd(mean score of each seed)"),
     _c("delta_vanilla", "float", "Paired difference from vanilla, mean over seeds.", "share"),
     _c("delta_low", "float", "Lower end of its 95 % bootstrap interval over seeds and samples together.", "share"),

@@ -352,7 +352,15 @@ def test_page_shows_the_latency_protocol(tmp_path: Path) -> None:
     make_results(tmp_path, suites=["hops"], methods=["vanilla"], n=2)
     common = {"model": "m", "device": "cpu", "dtype": "float32", "batch_size": 1, "exec": "eager", "protocol": "paper"}
     rows = [
-        {**common, "method": method, "context": 512, "run": run, "e2e_ms": e2e, "decode_ms": e2e - 1.0}
+        {
+            **common,
+            "method": method,
+            "context": 512,
+            "run": run,
+            "e2e_ms": e2e,
+            "decode_ms": e2e - 1.0,
+            "output_tokens": 5,
+        }
         for run in range(6)
         for method, e2e in (("vanilla", 10.0), ("flashmem", 12.5))
     ]

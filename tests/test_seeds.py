@@ -24,6 +24,17 @@ def test_the_joint_interval_has_both_sources_of_doubt():
     assert only_seeds.low == pytest.approx(0.2) and only_seeds.high == pytest.approx(0.8)
 
 
+def test_clusters_are_drawn_as_a_whole() -> None:
+    """Twenty documents of five equal questions each say no more than twenty questions."""
+    documents = np.random.default_rng(0).integers(0, 2, size=20).astype(float)
+    scores, labels = np.repeat(documents, 5)[None].repeat(3, axis=0), np.repeat(np.arange(20), 5)
+    narrow = stats.seeds_and_samples(scores)
+    wide = stats.seeds_and_samples(scores, labels.tolist())
+    alone = stats.seeds_and_samples(documents[None].repeat(3, axis=0))
+    assert wide.high - wide.low == pytest.approx(alone.high - alone.low, rel=0.1)
+    assert wide.high - wide.low > 1.8 * (narrow.high - narrow.low)
+
+
 def test_the_joint_interval_draws_the_same_samples_for_every_seed():
     # Two runs whose differences cancel sample by sample: their mean is certain only if samples are drawn together.
     half = np.array([0.0, 1.0] * 50)

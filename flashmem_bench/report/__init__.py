@@ -58,6 +58,7 @@ def build_report(results_dir: Path, *, unequal: bool = False) -> ReportPaths:
     from flashmem_bench.report.exports import write_exports
     from flashmem_bench.report.figures import draw_all
     from flashmem_bench.report.html import render
+    from flashmem_bench.report.outcome_figures import draw_outcomes
     from flashmem_bench.report.stories import write_stories
     from flashmem_bench.report.tables import tables_of, write_tables
     from flashmem_bench.report.traces import draw_traces
@@ -70,6 +71,7 @@ def build_report(results_dir: Path, *, unequal: bool = False) -> ReportPaths:
     tables = tables_of(cells, read_rows(root), training, unequal=unequal, margins=pinned(root))
     warnings = comparison_warnings(cells)
     drawings = [*draw_all(tables, root / "figures"), *draw_traces(cells, root / "figures")]
+    drawings += draw_outcomes(cells, root / "figures")
     drawings += draw_benefit(tables["comparisons"], tables["runs"], root / "figures")
     drawings += draw_training(tables["training"], root / "figures") + draw_latency(tables["latency"], root / "figures")
     stories = write_stories(cells, root)

@@ -1,21 +1,23 @@
 """One plain page that holds the whole report: tables, figures, findings, definitions.
 
 The page loads nothing: figures are embedded, the style sheet is inline, there is no script. Every text that a model
-or a data set wrote goes through Jinja's escaping. The findings are made from the ``comparisons`` table by a fixed
-rule, gains and losses alike.
+or a data set wrote goes through Jinja's escaping.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from flashmem_bench import __version__, stats
+from flashmem_bench import __version__
+from flashmem_bench.published import published
 from flashmem_bench.report import wording as say
-from flashmem_bench.report.cells import FLASHMEM, VANILLA, Cell, partner, settings_differences
+from flashmem_bench.report.cells import FLASHMEM, VANILLA, Cell, partner
+from flashmem_bench.report.claim_views import claims_view, findings, labels_of, tests_made
+from flashmem_bench.report.cost_views import latency_view
 from flashmem_bench.report.figures import ABLATION_SHEET
 from flashmem_bench.report.style import CPU_STAMP
 from flashmem_bench.schema import SCHEMA_VERSION, TABLES
@@ -83,120 +85,21 @@ def render(
         "cpu_stamp": CPU_STAMP if any(cell.rows[0].get("device") == "cpu" for cell in cells) else "",
         "samples": sum(len(cell.rows) for cell in cells),
         "cells": [_provenance(cell) for cell in cells],
-        "tests": _tests(tables["comparisons"]),
-        "claims": _claims(tables["claims"]),
-        "findings": [finding for suite in suites for finding in findings(suite, tables["comparisons"], _labels(cells))],
+        "tests": tests_made(tables["comparisons"]),
+        "claims": claims_view(tables["claims"]),
+        "findings": [
+            finding for suite in suites for finding in findings(suite, tables["comparisons"], labels_of(cells))
+        ],
         "warnings": list(warnings),
         "suites": [_suite(suite, cells, tables, drawings) for suite in suites],
         "stories": {suite: _stories(suite, stories) for suite in suites},
-        "latency": _latency(tables["latency"]),
+        "latency": latency_view(tables["latency"]),
         "latency_figures": [_figure(drawing) for drawing in drawings if drawing.kind == "latency"],
         "training": [_figure(drawing) for drawing in drawings if drawing.kind == "training"],
         "ablations": _ablations(tables["ablations"], drawings),
         "definitions": [column for column in TABLES["runs"] if column.name in _DEFINED],
     }
     return environment.get_template("report.html.j2").render(context)
-
-
-def _tests(comparisons: pd.DataFrame) -> dict[str, int]:
-    """How many comparisons were tested in each family."""
-    tested = comparisons[comparisons["p_value"].notna()]
-    return {name: int((tested["family"] == name).sum()) for name in ("primary", "other")}
-
-
-def _claims(claims: pd.DataFrame) -> list[Context]:
-    """Each claim with its answers; those that nothing has been run for come together at the end."""
-    found = []
-    for name, rows in claims.groupby("id", sort=False):
-        records = rows.to_dict("records")
-        shown = [_claim_row(row) for row in records if say.known(row["estimate"])]
-        missing = list(dict.fromkeys(str(row["why"]) for row in records if not say.known(row["estimate"])))
-        first = {key: records[0][key] for key in ("claim", "source", "margin", "margin_fixed_at")}
-        found.append({"id": name, **first, "rows": shown, "missing": "; ".join(missing)})
-    return sorted(found, key=lambda claim: not claim["rows"])
-
-
-def _claim_row(row: Context) -> Context:
-    where = row["suite"] if say.known(row["suite"]) else f"{row['model']}, {row['device']}"
-    if row["test"] in ("faster", "falls"):
-        estimate = say.interval(row["estimate"], row["low"], row["high"])
-    else:
-        estimate = say.points(row["estimate"], row["low"], row["high"])
-    units = {"faster": "times", "falls": "nats", "no-harm": "% broken"}
-    return {
-        "where": where,
-        "verdict": row["verdict"],
-        "estimate": f"{estimate} {units.get(row['test'], 'points')}",
-        "b": row["b"],
-        "n": say.whole(row["n"]),
-        "seeds": say.whole(row["seeds"]),
-        "p": say.p_value(row["p_adjusted"]),
-        "why": row["why"],
-    }
-
-
-def findings(suite: str, comparisons: pd.DataFrame, labels: Mapping[str, str]) -> list[Context]:
-    """Where flashmem stands on a suite, against vanilla and against its placebos, in sentences.
-
-    Args:
-        suite: name of the suite.
-        comparisons: the table of that name.
-        labels: how to name the flashmem cells, by id.
-
-    Returns:
-        One mapping a sentence with ``suite``, ``tone`` (good, bad or open) and ``text``.
-    """
-    here = comparisons[(comparisons["suite"] == suite) & (comparisons["a"] == FLASHMEM)]
-    found = []
-    for row in here[here["kind"] == "baseline"].to_dict("records"):
-        found.append({"suite": suite, **_against_vanilla(row, labels[row["cell_a"]])})
-    for (cell, verdict), rows in here[here["kind"] == "placebo"].groupby(["cell_a", "verdict"], sort=False):
-        found.append({"suite": suite, **_against_placebos(str(verdict), labels[cell], rows.to_dict("records"))})
-    return found
-
-
-def _labels(cells: Sequence[Cell]) -> dict[str, str]:
-    """Method names by cell id, with whatever tells apart several headline cells of one suite and method."""
-    differences = settings_differences(cells)
-    labels = {}
-    for cell in cells:
-        peers = [other for other in cells if other.is_main and (other.suite, other.method) == (cell.suite, cell.method)]
-        odd = [cell.condition_text] if len({peer.condition for peer in peers}) > 1 else []
-        odd += [differences[cell.cell_id]] if differences[cell.cell_id] else []
-        labels[cell.cell_id] = f"{cell.method} ({'; '.join(odd)})" if odd else cell.method
-    return labels
-
-
-def _against_vanilla(row: Context, name: str) -> Context:
-    gain = f"{say.points(row['difference'], row['low'], row['high'])} points on {row['n']} samples"
-    cost = (
-        f"It takes {say.times(row['time_ratio'])} the time of vanilla with the prefill "
-        f"and {say.times(row['decode_time_ratio'])} without."
-    )
-    if not say.known(row["difference"]):
-        return {"tone": "open", "text": f"No valid score of {name} and vanilla to compare. {cost}"}
-    changed = f"{say.whole(row['fixed'])} samples fixed, {say.whole(row['broken'])} broken"
-    if row["verdict"] == "better":
-        return {"tone": "good", "text": f"{name} beats vanilla: {gain}; {changed}. {cost}"}
-    if row["verdict"] == "worse":
-        return {"tone": "bad", "text": f"{name} loses to vanilla: {gain}; {changed}. {cost}"}
-    return {"tone": "open", "text": f"Cannot tell {name} from vanilla: {gain}; {changed}. {cost}"}
-
-
-def _against_placebos(verdict: str, name: str, rows: list[Context]) -> Context:
-    names = "; ".join(f"{row['b']} {say.points(row['difference'], row['low'], row['high'])}" for row in rows)
-    plural = "placebo" if len(rows) == 1 else "placebos"
-    if verdict == "better":
-        return {"tone": "good", "text": f"{name} beats its {plural}, in points: {names}."}
-    if verdict == "worse":
-        return {"tone": "bad", "text": f"{name} loses to its {plural}, in points: {names}."}
-    moments = any(row["b"].endswith("trigger") for row in rows)
-    contents = any(not row["b"].endswith("trigger") for row in rows)
-    meant = " or ".join(["the moment"] * moments + ["the content of the memory"] * contents)
-    return {
-        "tone": "open",
-        "text": f"Cannot tell {name} from its {plural}, in points: {names}. No evidence here that {meant} matters.",
-    }
 
 
 def _suite(suite: str, cells: Sequence[Cell], tables: dict[str, pd.DataFrame], drawings: Sequence[Drawing]) -> Context:
@@ -212,6 +115,7 @@ def _suite(suite: str, cells: Sequence[Cell], tables: dict[str, pd.DataFrame], d
         "groups": [
             _group(part.to_dict("records"), verdicts) for _, part in main.groupby(names, sort=True, dropna=False)
         ],
+        "published": _published(suite),
         "placebos": [_placebo_row(row) for row in placebo.to_dict("records")],
         "placebo_stamp": CPU_STAMP if (main["device"] == "cpu").any() else "",
         "seeds": [_seed_row(row) for row in tables["seeds"].to_dict("records") if row["suite"] == suite],
@@ -239,6 +143,7 @@ def _group(rows: list[Context], verdicts: dict[str, str]) -> Context:
         "stamp": CPU_STAMP if first["device"] == "cpu" else "",
         "marked": marked,
         "failures": any(say.known(row["error_rate"]) and row["error_rate"] > 0 for row in rows),
+        "published": any(say.known(row["published_score"]) for row in rows),
         "rows": [_run_row(row, verdicts.get(row["cell"], "")) for row in rows],
     }
 
@@ -249,6 +154,7 @@ def _run_row(row: Context, verdict: str) -> Context:
         "settings": row["settings"] if say.known(row["settings"]) else "",
         "n": say.whole(row["n"]),
         "score": say.percent_interval(row["score"], row["score_low"], row["score_high"]),
+        "published": say.percent_interval(row["published_score"], None, None),
         "delta": say.points(row["delta_vanilla"], row["delta_low"], row["delta_high"]),
         "verdict": verdict if say.known(row["delta_vanilla"]) else "",
         "triggers": say.number(row["triggers_mean"], 2),
@@ -274,6 +180,18 @@ def _same(row: Context) -> str:
     if not why and row["triggers_mean"] == 0:
         why = "no trigger"
     return f"all: {why or 'reason not recorded'}"
+
+
+def _published(suite: str) -> list[Context]:
+    """The paper's scores on a suite, one entry a backbone."""
+    here = [row for row in published() if row.suite == suite]
+    return [
+        {
+            "backbone": name,
+            "scores": ", ".join(f"{row.method} {say.percent_interval(row.value, None, None)}" for row in here if row.backbone == name),
+        }
+        for name in dict.fromkeys(row.backbone for row in here)
+    ]
 
 
 def _placebo_row(row: Context) -> Context:
@@ -350,34 +268,6 @@ def _ablations(ablations: pd.DataFrame, drawings: Sequence[Drawing]) -> list[Con
             }
         )
     return sheets
-
-
-def _latency(latency: pd.DataFrame) -> list[Context]:
-    """Every method over vanilla at fixed contexts, and the rivals over flashmem, run by run."""
-    rows = []
-    keys = ["protocol", "model", "device", "dtype", "batch_size", "exec", "context"]
-    for (protocol, model, device, dtype, _, _, context), part in latency.groupby(keys, sort=True, dropna=False):
-        times = dict(tuple(part.groupby("method", sort=False)))
-        named = {
-            "protocol": protocol,
-            "conditions": f"{model}, {device}, {dtype}",
-            "stamp": CPU_STAMP if device == "cpu" else "",
-            "context": say.whole(context),
-        }
-        for a, b in _latency_pairs(list(times)):
-            n = min(len(times[a]), len(times[b]))
-            ratios = [
-                stats.geometric_mean_ratio(times[a][column][:n], times[b][column][:n])
-                for column in ("e2e_ms", "decode_ms")
-            ]
-            shown = {"methods": f"{a} / {b}", "runs": n, "ratios": [say.interval(*ratio) for ratio in ratios]}
-            rows.append({**named, **shown, "ms": [say.number(times[method]["e2e_ms"].median()) for method in (a, b)]})
-    return rows
-
-
-def _latency_pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
-    plain = [(name, VANILLA) for name in methods if name != VANILLA and VANILLA in methods]
-    return plain + [(name, FLASHMEM) for name in methods if name not in (FLASHMEM, VANILLA) and FLASHMEM in methods]
 
 
 def _ablation_row(row: Context) -> Context:

@@ -16,6 +16,7 @@ import numpy as np
 from flashmem_bench import stats
 from flashmem_bench.report.arms import alike
 from flashmem_bench.report.cells import VANILLA, Cell, partner, refusal
+from flashmem_bench.report.measures import clusters
 
 
 def seed_records(cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -42,8 +43,9 @@ def _record(peers: Sequence[Cell], cells: Sequence[Cell]) -> dict[str, Any]:
         return {}
     scores = np.array([[_score(cell, name) for name in shared] for cell in runs.values()], dtype=float)
     plain = np.array([_score(base, name) for name in shared], dtype=float) if base in against else None
-    whole = stats.seeds_and_samples(scores)
-    gain = stats.seeds_and_samples(scores - plain) if plain is not None else stats.NOTHING
+    together = clusters([first.by_sample[name] for name in shared])
+    whole = stats.seeds_and_samples(scores, together)
+    gain = stats.seeds_and_samples(scores - plain, together) if plain is not None else stats.NOTHING
     return {
         "suite": first.suite,
         "method": first.method,
@@ -55,12 +57,18 @@ def _record(peers: Sequence[Cell], cells: Sequence[Cell]) -> dict[str, Any]:
         "score": whole.estimate,
         "score_low": whole.low,
         "score_high": whole.high,
-        "within_run_se": float(np.sqrt((scores.var(axis=1, ddof=1) / len(shared)).mean())),
+        "within_run_se": float(np.sqrt(np.mean([_standard_error(run, together) ** 2 for run in scores]))),
         "between_seed_sd": float(scores.mean(1).std(ddof=1)),
         "delta_vanilla": gain.estimate,
         "delta_low": gain.low,
         "delta_high": gain.high,
     }
+
+
+def _standard_error(scores: np.ndarray, together: Sequence[Any]) -> float:
+    if stats.share_clusters(together):
+        return stats.clustered_standard_error(scores, together)
+    return float(scores.std(ddof=1) / np.sqrt(len(scores)))
 
 
 def _score(cell: Cell, name: str) -> float | None:

@@ -21,6 +21,7 @@ import pandas as pd
 
 from flashmem_bench.claims import pinned
 from flashmem_bench.latency import read_rows
+from flashmem_bench.published import published_score
 from flashmem_bench.report.cells import Cell, closeness, load_cells, refusal, settings_differences
 from flashmem_bench.report.claims import claim_records
 from flashmem_bench.report.compare import compare, comparison_records
@@ -124,6 +125,7 @@ def run_records(cells: Sequence[Cell], comparisons: Sequence[Record]) -> list[Re
                 **_descr_block(cell),
                 "settings": differences[cell.cell_id],
                 **score_block(cell.rows),
+                "published_score": published_score(cell.suite, cell.method, str(cell.rows[0].get("model"))),
                 "delta_vanilla": versus.get("difference"),
                 "delta_low": versus.get("low"),
                 "delta_high": versus.get("high"),

@@ -131,21 +131,32 @@ def paired_bootstrap(
     return mean_interval(differences, seed=seed, resamples=resamples, confidence=confidence)
 
 
-def seeds_and_samples(scores: ArrayLike, *, seed: int = 0, resamples: int = 2000, confidence: float = 0.95) -> Interval:
+def seeds_and_samples(
+    scores: ArrayLike,
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+) -> Interval:
     """Mean over training seeds and samples, with a percentile bootstrap that draws both together.
 
-    Each replicate draws seeds and, for all of them alike, samples: the runs answered the same questions.
+    Each replicate draws seeds and, for all of them alike, samples or whole clusters of them: the runs answered the same
+    questions.
 
     Args:
         scores: [r, n], one row a training seed, one column a sample.
+        clusters: [n] labels of what samples may share; None: all are independent.
+        seed: of the resampling.
+        resamples: number of replicates.
+        confidence: two-sided level.
     """
     data = np.asarray(scores, dtype=np.float64)
-    runs, n = data.shape
     rng = np.random.default_rng(seed)
-    # The mean over drawn seeds and samples is w_seed @ data @ w_sample with multinomial weights.
-    of_seeds = rng.multinomial(runs, np.full(runs, 1 / runs), size=resamples) / runs
-    of_samples = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
-    replicates = np.einsum("br,br->b", of_seeds, of_samples @ data.T)
+    member, sizes, weights = _drawn_clusters(data.shape[1], clusters, rng, resamples)
+    means = _weighted_means(data, member, sizes, weights)
+    drawn = rng.integers(0, len(data), (resamples, len(data)))
+    replicates = means[np.arange(resamples)[:, None], drawn].mean(axis=1)
     return percentile_interval(float(data.mean()), replicates, confidence)
 
 
@@ -175,10 +186,7 @@ def seed_difference(
     """
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     rng = np.random.default_rng(seed)
-    n = first.shape[1]
-    _, member = np.unique([str(label) for label in clusters or range(n)], return_inverse=True)
-    sizes = np.bincount(member)
-    weights = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=resamples)
+    member, sizes, weights = _drawn_clusters(first.shape[1], clusters, rng, resamples)
     left, right = (_weighted_means(scores, member, sizes, weights) for scores in (first, second))
     mine = rng.integers(0, len(first), (resamples, len(first)))
     theirs = mine if paired else rng.integers(0, len(second), (resamples, len(second)))
@@ -187,6 +195,15 @@ def seed_difference(
     side = min((replicates <= 0).sum(), (replicates >= 0).sum()) + 1
     p_value = min(1.0, 2 * float(side) / (resamples + 1))
     return percentile_interval(float(first.mean() - second.mean()), replicates, confidence), p_value
+
+
+def _drawn_clusters(
+    n: int, clusters: Sequence[Hashable] | None, rng: np.random.Generator, resamples: int
+) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.int64]]:
+    """Cluster of each sample [n], samples of each cluster [c], and how often each is drawn in each replicate [b, c]."""
+    _, member = np.unique([str(label) for label in clusters or range(n)], return_inverse=True)
+    sizes = np.bincount(member)
+    return member, sizes, rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=resamples)
 
 
 def _weighted_means(
