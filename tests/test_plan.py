@@ -7,9 +7,12 @@ import json
 import pytest
 
 from flashmem_bench import plan as planning
+from flashmem_bench.claims import load_claims
 from flashmem_bench.cli import run as command
 from flashmem_bench.floor import Shape
+from flashmem_bench.gaps import open_claims
 from flashmem_bench.recipes import Samples, load_recipe
+from flashmem_bench.registry import method_names
 
 DEVICE = planning.Device(312.0, 2039.0, "as given")
 
@@ -100,7 +103,8 @@ def test_the_machine_is_measured_where_no_speed_is_given() -> None:
 def test_a_plan_says_what_its_comparisons_can_see() -> None:
     from flashmem_bench import stats
     from flashmem_bench.plan import power
-    from flashmem_bench.recipes import Recipe, Samples
+    from flashmem_bench.gaps import open_claims
+from flashmem_bench.recipes import Recipe, Samples
 
     recipe = Recipe(suites=("hops",)).with_values({"run.limit": 400, "plan.discordant_share": 0.2})
     found = power(recipe, Samples(test=1500))
@@ -108,3 +112,21 @@ def test_a_plan_says_what_its_comparisons_can_see() -> None:
     assert found["minimum_detectable"] == stats.minimum_detectable_difference(400, 0.2)
     assert found["samples_for_margin"]["parity-memgen"] == pytest.approx(stats.samples_for_margin(0.02, 0.2))
     assert power(recipe, Samples(test=2))["minimum_detectable"] is None
+
+
+def test_a_plan_names_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FLASHMEM_DATA", raising=False)
+    arguments = ["plan", "qwen2.5-1.5b-gsm8k", "--device-tflops", "312", "--bandwidth", "2039"]
+    assert command([*arguments, "--json"]) == 0
+    missing = json.loads(capsys.readouterr().out)["missing"]
+    assert len(missing["data"]) == 1 and missing["data"][0].startswith("gsm8k: no data")
+    assert any(line.startswith("moments-fixed needs flashmem-matched-fixed") for line in missing["answers to claims"])
+    assert not any(line.startswith("beats-vanilla") for line in missing["answers to claims"])
+    assert command(arguments) == 0
+    assert "missing data:\n- gsm8k: no data" in capsys.readouterr().out
+
+
+def test_every_claim_says_what_it_needs() -> None:
+    everything = open_claims(method_names())
+    assert {line.split()[0] for line in everything} == {"faster-memgen", "faster-memgen-cached", "one-layer"}
+    assert len(open_claims(())) == len(load_claims())

@@ -46,6 +46,7 @@ def planned(parts: Any, tflops: float | None, bandwidth: float | None) -> dict[s
     """Return the plan of a recipe on the device in question."""
     from dataclasses import replace
 
+    from flashmem_bench import gaps
     from flashmem_bench import plan as planning
     from flashmem_bench.reproduce import require_suites
 
@@ -59,6 +60,10 @@ def planned(parts: Any, tflops: float | None, bandwidth: float | None) -> dict[s
         device = planning.measure_device(recipe.device, recipe.dtype)
         device = replace(device, tflops=tflops or device.tflops, bandwidth=bandwidth or device.bandwidth)
     document = planning.make_plan(recipe, shape, tied, samples, device)
+    document["missing"] = {
+        "data": gaps.missing_data(recipe.suites, parts),
+        "answers to claims": gaps.open_claims(recipe.run.methods),
+    }
     document["assumptions"][:0] = [f"shape from {shape_source}", f"samples: {samples_source}"]
     return document
 
@@ -88,6 +93,11 @@ def show(document: dict[str, Any]) -> None:
     counts = ", ".join(f"{split} {number}" for split, number in document["samples"].items())
     print(f"samples: {counts}")
     print(_power(document["power"]))
+    for what, entries in document["missing"].items():
+        print(f"missing {what}: none" if not entries else f"missing {what}:")
+        for sentence in entries:
+            print(f"- {sentence}")
+    print("assumptions:")
     for sentence in document["assumptions"]:
         print(f"- {sentence}")
 

@@ -185,12 +185,10 @@ def _same(row: Context) -> str:
 def _published(suite: str) -> list[Context]:
     """The paper's scores on a suite, one entry a backbone."""
     here = [row for row in published() if row.suite == suite]
+    told = {name: [row for row in here if row.backbone == name] for name in dict.fromkeys(row.backbone for row in here)}
     return [
-        {
-            "backbone": name,
-            "scores": ", ".join(f"{row.method} {say.percent_interval(row.value, None, None)}" for row in here if row.backbone == name),
-        }
-        for name in dict.fromkeys(row.backbone for row in here)
+        {"backbone": name, "scores": ", ".join(f"{row.method} {100 * row.value:.1f}" for row in rows)}
+        for name, rows in told.items()
     ]
 
 
