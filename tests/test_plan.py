@@ -103,8 +103,7 @@ def test_the_machine_is_measured_where_no_speed_is_given() -> None:
 def test_a_plan_says_what_its_comparisons_can_see() -> None:
     from flashmem_bench import stats
     from flashmem_bench.plan import power
-    from flashmem_bench.gaps import open_claims
-from flashmem_bench.recipes import Recipe, Samples
+    from flashmem_bench.recipes import Recipe, Samples
 
     recipe = Recipe(suites=("hops",)).with_values({"run.limit": 400, "plan.discordant_share": 0.2})
     found = power(recipe, Samples(test=1500))
