@@ -1,8 +1,9 @@
 """What the paper reports, to stand beside what is measured.
 
-`published.csv` holds the scores of its Tables 1 and 2 as shares, and of Table 3 text tokens a second and peak memory.
-That table's backbone is not named; its memory grows with the context as a Qwen2.5-1.5B's in bfloat16 does. Its column
-"latency" is left out: 256 text tokens divided by the throughput give every entry of it, in seconds a run.
+Scores of its Tables 1 and 2 are in the suite files (`published`, per cent). `published_cost.csv` holds text tokens a
+second and peak memory of its Table 3, whose backbone is not named: its memory grows with the context as that of a
+Qwen2.5-1.5B in bfloat16 does. The table's column "latency" is left out: 256 text tokens divided by the throughput
+give every entry of it, in seconds a run.
 
 A published value stands only beside a cell of the same backbone; prompts, graders and samples may still differ.
 """
@@ -14,50 +15,45 @@ from functools import cache
 from importlib import resources
 from typing import NamedTuple
 
+from flashmem_bench.suites import list_suites
+
 
 class Published(NamedTuple):
-    """One published number."""
+    """One published score, as a share."""
 
     backbone: str
     suite: str
     method: str
-    metric: str
-    context: int | None
     value: float
 
 
 @cache
-def published() -> tuple[Published, ...]:
-    """Every number, in the order of the file."""
-    text = resources.files("flashmem_bench").joinpath("published.csv").read_text(encoding="utf-8")
+def published_scores() -> tuple[Published, ...]:
+    """Every published score of the bundled suites."""
     return tuple(
-        Published(
-            row["backbone"],
-            row["suite"],
-            row["method"],
-            row["metric"],
-            int(row["context"]) if row["context"] else None,
-            float(row["value"]),
-        )
-        for row in csv.DictReader(text.splitlines())
+        Published(str(row["backbone"]), info.name, method, float(value) / 100)
+        for info in list_suites()
+        for row in info.metadata.get("published") or ()
+        for method, value in row.items()
+        if method != "backbone"
     )
 
 
 def published_score(suite: str, method: str, model: str) -> float | None:
     """The paper's score of a method on a suite with this backbone, as a share; None where it gives none."""
     wanted = _plain(model)
-    for row in published():
-        if row.suite == suite and row.method == method and _plain(row.backbone) == wanted and row.context is None:
-            return row.value
-    return None
+    found = (row for row in published_scores() if (row.suite, row.method) == (suite, method))
+    return next((row.value for row in found if _plain(row.backbone) == wanted), None)
 
 
+@cache
 def published_cost(model: str) -> dict[tuple[int, str], dict[str, float]]:
     """Text tokens a second and peak gigabytes by context and method, for a backbone of that shape; else nothing."""
+    text = resources.files("flashmem_bench").joinpath("published_cost.csv").read_text(encoding="utf-8")
     found: dict[tuple[int, str], dict[str, float]] = {}
-    for row in published():
-        if row.context is not None and _plain(row.backbone) == _plain(model):
-            found.setdefault((row.context, row.method), {})[row.metric] = row.value
+    for row in csv.DictReader(text.splitlines()):
+        if _plain(row["backbone"]) == _plain(model):
+            found.setdefault((int(row["context"]), row["method"]), {})[row["metric"]] = float(row["value"])
     return found
 
 

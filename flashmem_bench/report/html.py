@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flashmem_bench import __version__
-from flashmem_bench.published import published
+from flashmem_bench.published import published_scores
 from flashmem_bench.report import wording as say
 from flashmem_bench.report.cells import FLASHMEM, VANILLA, Cell, partner
 from flashmem_bench.report.claim_views import claims_view, findings, labels_of, tests_made
@@ -184,7 +184,7 @@ def _same(row: Context) -> str:
 
 def _published(suite: str) -> list[Context]:
     """The paper's scores on a suite, one entry a backbone."""
-    here = [row for row in published() if row.suite == suite]
+    here = [row for row in published_scores() if row.suite == suite]
     told = {name: [row for row in here if row.backbone == name] for name in dict.fromkeys(row.backbone for row in here)}
     return [
         {"backbone": name, "scores": ", ".join(f"{row.method} {100 * row.value:.1f}" for row in rows)}
