@@ -411,10 +411,10 @@ def test_offline_mode_is_put_back(monkeypatch):
 
 
 def test_gsm8k_from_the_hub_equals_gsm8k_from_the_folder(data, monkeypatch):
-    from flashmem_bench import sources
+    from flashmem_bench.sources import maths
 
     rows = {"train": [gsm8k_row(n) for n in range(100, 140)], "test": [gsm8k_row(n) for n in range(500, 507)]}
-    monkeypatch.setattr(sources, "hub_rows", lambda repo, config, split: rows[split])
+    monkeypatch.setattr(maths, "hub_rows", lambda repo, config, split: rows[split])
     local, remote = load_suite("gsm8k", data_dir=data), load_suite("gsm8k")
     assert remote.content_hash == local.content_hash
     assert [sample.prompt for sample in remote.samples()] == [sample.prompt for sample in local.samples()]

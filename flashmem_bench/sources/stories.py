@@ -1,15 +1,4 @@
-"""Where the bundled suites' documents come from: the functions that suite files name as `custom_dataset`.
-
-lm-eval calls such a function with the suite's `metadata` and `dataset_kwargs` as keywords. Our adapter adds
-`data_dir`, `skip_bad_rows`, `seed` and `settings`; `lm_eval --metadata '{"data_dir": ...}'` gives the same.
-Every document has `id`, `gold` (the right answer, for grading) and `stratum`, `cluster` where it shares a text with
-others, and keeps the fields of its
-source. The order of a split is fixed, so that a larger limit only adds samples.
-
-Held out: calibration and validation are the same rows, the last `held_out` share of a real suite's training
-file. The threshold reads no answers from them and the choice among checkpoints reads no threshold, so
-nothing leaks between the two.
-"""
+"""The bAbI tasks: questions about short stories."""
 
 from __future__ import annotations
 
@@ -18,82 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flashmem_bench.data import Doc, Splits, SuiteFiles, text_field
-from flashmem_bench.errors import UsageError
-from flashmem_bench.grading.extract import marked_number
-from flashmem_bench.grading.match import normal_number
 from flashmem_bench.hub import hub_rows
-
-Loaders = Mapping[str, Callable[[], Sequence[Doc]]]
-
-
-def generated(
-    *,
-    flashmem: Mapping[str, Any],
-    sizes: Mapping[str, int],
-    generator: Mapping[str, Any] | None = None,
-    training: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
-    settings: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    **_: Any,
-) -> Splits:
-    """Rows from the generator named like the suite.
-
-    Args:
-        flashmem: The suite's `metadata.flashmem`; `alias` names the generator.
-        sizes: Rows of each split.
-        generator: The generator's settings, such as `pairs` of `recall`, from the suite file.
-        training: Settings of the training split alone, where it should be easier or more varied than the others. A list
-            makes lessons: equal parts of the split, whose rows say in `lesson` which one they belong to.
-        settings: More of them, which win.
-        seed: Seed of the generator's streams.
-    """
-    name = flashmem["alias"]
-    chosen = {**(generator or {}), **(settings or {})}
-    lessons = [training or {}] if training is None or isinstance(training, Mapping) else training
-
-    def rows(split: str, count: int, wanted: Mapping[str, Any]) -> list[Doc]:
-        from flashmem_bench.generators import generate
-
-        try:
-            found = generate(name, split, count, seed, **wanted)
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"the generator of {name} refuses {wanted or 'its settings'}: {error}") from error
-        return [{**row, "gold": row["answer"]} for row in found]
-
-    def split_rows(split: str) -> list[Doc]:
-        if split != "train":
-            return rows(split, sizes[split], chosen)
-        parts = [rows(split, sizes[split] // len(lessons), {**lesson, **chosen}) for lesson in lessons]
-        if len(parts) == 1:
-            return parts[0]
-        return [{**row, "id": f"{row['id']}-{i}", "lesson": i} for i, part in enumerate(parts) for row in part]
-
-    return Splits(name, {split: _later(split_rows, split) for split in sizes})
-
-
-def gsm8k(*, held_out: float, data_dir=None, skip_bad_rows: bool = False, **_: Any) -> Splits:
-    """GSM8K from `gsm8k/{train,test}.jsonl[.gz]` or `openai/gsm8k`."""
-    files = SuiteFiles(
-        "gsm8k",
-        {"train": "train", "test": "test"},
-        _gsm8k_doc,
-        lambda name: hub_rows("openai/gsm8k", "main", name),
-        data_dir,
-        skip_bad_rows,
-    )
-
-    def docs(name: str) -> list[Doc]:
-        return [{"id": f"gsm8k-{name}-{number:05d}", **doc} for number, doc in files.rows(name)]
-
-    return Splits("gsm8k", _held_out_loaders(docs, held_out), lambda: files.bad_rows)
-
-
-def _gsm8k_doc(row: Doc) -> Doc:
-    question, answer = text_field(row, "question"), text_field(row, "answer")
-    gold = normal_number(marked_number(answer) or "")
-    if gold is None:
-        raise ValueError("the field 'answer' has no '#### <number>'")
-    return {"question": question, "answer": answer, "gold": gold, "stratum": None}
 
 
 def babi(*, held_out: float, data_dir=None, skip_bad_rows: bool = False, **_: Any) -> Splits:
@@ -191,21 +105,3 @@ def _babi_from_hub(name: str) -> list[Doc]:
         config = f"en-qa{task}"
         rows += [{"config": config, **row} for row in hub_rows("facebook/babi_qa", config, name)]
     return rows
-
-
-def _held_out_loaders(docs: Callable[[str], list[Doc]], held_out: float) -> Loaders:
-    """Return the loaders of a suite that has a training and a test file."""
-
-    def cut() -> int:
-        return len(docs("train")) - round(len(docs("train")) * held_out)
-
-    return {
-        "test": lambda: docs("test"),
-        "train": lambda: docs("train")[: cut()],
-        "calibration": lambda: docs("train")[cut() :],
-        "validation": lambda: docs("train")[cut() :],
-    }
-
-
-def _later(function: Callable[[str], list[Doc]], argument: str) -> Callable[[], list[Doc]]:
-    return lambda: function(argument)
