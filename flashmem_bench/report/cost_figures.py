@@ -17,6 +17,11 @@ from flashmem_bench.report.style import GREY, canvas, caption, look, save
 
 _CONDITIONS = ["protocol", "model", "device", "dtype", "exec"]
 _MIB = 2.0**20
+_MOST_LINES = 10
+# On the protocol's clock their own triggers do not decide, so that their work is flashmem's.
+_SAME_CLOCK = frozenset(
+    {"flashmem-literal", "flashmem-no-monitor", "flashmem-fixed-trigger", "flashmem-output-entropy", "flashmem-plus"}
+)
 
 
 def draw_latency(latency: pd.DataFrame, folder: Path) -> list[Drawing]:
@@ -37,23 +42,36 @@ def _draw(rows: pd.DataFrame, key: tuple[str, ...], folder: Path) -> Drawing:
     ]
     if rows["peak_alloc_bytes"].notna().any():
         panels.append(("peak memory, MiB", _memory))
+    shown, left_out = _told_apart(rows)
     columns = 2
     lines = -(-len(panels) // columns)
-    with canvas(2.6 * lines + 0.8, rows=lines, columns=columns) as (figure, axes):
+    with canvas(2.6 * lines + 1.0, rows=lines, columns=columns) as (figure, axes):
         for place, (title, draw) in zip(axes, panels, strict=False):
-            draw(place, rows)
+            draw(place, shown)
             place.set_title(title, loc="left")
-            _context_axis(place, rows)
+            _context_axis(place, shown)
         for place in axes[len(panels) :]:
             place.axis("off")
         handles, labels = axes[0].get_legend_handles_labels()
-        where = axes[-1] if len(panels) < len(axes) else axes[0]
-        where.legend(handles, labels, loc="center" if where is axes[-1] else "best")
+        if len(panels) < len(axes):
+            axes[-1].legend(handles, labels, loc="center")
+        else:
+            figure.legend(handles, labels, loc="outside lower center", ncols=4)
         footnote = f"{model}, {dtype}, {mode}, protocol {protocol}; bars: 95 % intervals over runs; no score is taken"
+        footnote += f"\n{left_out} methods that do the same work as one of these are in the table" if left_out else ""
         caption(figure, f"Cost against context: {model}", footnote, cpu_timed=device == "cpu")
         svg = save(figure, folder, f"latency-{file_name(f'{model}-{device}-{protocol}')}")
     text = "Time a token, its ratio to plain decoding, and memory against the length of the context, by method."
     return Drawing("latency", "", svg, text)
+
+
+def _told_apart(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """The rows to draw, and how many methods stay out: where many were timed, those of the same work as another."""
+    methods = set(rows["method"])
+    twins = {name for name in methods if name.endswith("-memory") or name in _SAME_CLOCK}
+    if len(methods) <= _MOST_LINES or len(methods - twins) < 2:
+        return rows, 0
+    return rows[~rows["method"].isin(twins)].reset_index(drop=True), len(twins)
 
 
 def _per_token(axes: Axes, rows: pd.DataFrame) -> None:
