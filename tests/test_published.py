@@ -9,7 +9,7 @@ import pytest
 from flashmem_bench.latency.files import append
 from flashmem_bench.published import published_cost, published_score, published_scores
 from flashmem_bench.report import build_report
-from flashmem_bench.report.outcome_figures import STATES, state_of
+from flashmem_bench.report.outcome_figures import STATES, shares, why_lost
 from flashmem_bench.report.tables import build_tables
 from flashmem_bench.store import ResultStore
 from tests.synthetic_results import add_cell, make_results
@@ -57,19 +57,29 @@ def test_no_published_column_where_nothing_was_published(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("row", "state"),
     [
-        ({"score": 1.0, "truncated": True, "parse_status": "ok"}, "right"),
-        ({"score": 0.4, "parse_status": "ok"}, "partly right"),
-        ({"score": 0.0, "parse_status": "ok"}, "wrong"),
-        ({"score": 0.0, "parse_status": "no_answer"}, "no answer found"),
-        ({"score": 0.0, "parse_status": "no_answer", "truncated": True}, "cut at the budget"),
-        ({"score": 0.4, "truncated": True}, "cut at the budget"),
-        ({"score": None, "parse_status": "timeout"}, "not graded in time"),
-        ({"score": None, "parse_status": "error"}, "grader failed"),
-        ({"score": 1.0, "error": "out of memory"}, "failed"),
+        ({"parse_status": "ok"}, "wrong"),
+        ({"parse_status": "no_answer"}, "no answer found"),
+        ({"parse_status": "no_answer", "truncated": True}, "cut at the budget"),
+        ({"parse_status": "timeout"}, "not graded in time"),
+        ({"parse_status": "error"}, "grader failed"),
+        ({"error": "out of memory", "truncated": True}, "failed"),
     ],
 )
-def test_every_answer_ends_in_one_state(row: dict, state: str) -> None:
-    assert state_of(row) == state and state in STATES
+def test_lost_points_have_one_reason(row: dict, state: str) -> None:
+    assert why_lost(row) == state and state in STATES
+
+
+def test_points_add_up() -> None:
+    rows = [
+        {"score": 1.0, "truncated": True, "parse_status": "ok"},
+        {"score": 0.25, "parse_status": "ok"},
+        {"score": 0.0, "parse_status": "no_answer"},
+        {"score": None, "parse_status": "timeout"},
+    ]
+    found = shares(rows)
+    assert sum(found.values()) == pytest.approx(1.0)
+    assert found["right"] == pytest.approx(1.25 / 4) and found["wrong"] == pytest.approx(0.75 / 4)
+    assert found["cut at the budget"] == 0 and found["no answer found"] == found["not graded in time"] == 0.25
 
 
 def test_outcomes_are_drawn_for_every_suite(tmp_path: Path) -> None:

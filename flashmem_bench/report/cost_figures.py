@@ -36,8 +36,8 @@ def draw_latency(latency: pd.DataFrame, folder: Path) -> list[Drawing]:
 def _draw(rows: pd.DataFrame, key: tuple[str, ...], folder: Path) -> Drawing:
     protocol, model, device, dtype, mode = key
     panels: list[tuple[str, Callable[[Axes, pd.DataFrame], None]]] = [
-        ("ms per text token, prefill included (log)", _per_token),
-        ("time against vanilla, prefill included (log)", _ratio),
+        ("ms a text token with prefill (log)", _per_token),
+        ("time against vanilla with prefill (log)", _ratio),
         ("the same without prefill (log)", _decode_ratio),
     ]
     if rows["peak_alloc_bytes"].notna().any():
@@ -56,7 +56,7 @@ def _draw(rows: pd.DataFrame, key: tuple[str, ...], folder: Path) -> Drawing:
         if len(panels) < len(axes):
             axes[-1].legend(handles, labels, loc="center")
         else:
-            figure.legend(handles, labels, loc="outside lower center", ncols=4)
+            figure.legend(handles, labels, loc="outside right center")
         footnote = f"{model}, {dtype}, {mode}, protocol {protocol}; bars: 95 % intervals over runs; no score is taken"
         footnote += f"\n{left_out} methods that do the same work as one of these are in the table" if left_out else ""
         caption(figure, f"Cost against context: {model}", footnote, cpu_timed=device == "cpu")

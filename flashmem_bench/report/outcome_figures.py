@@ -1,4 +1,4 @@
-"""How answers ended, by method: right, partly, wrong, and the states that say little of a method."""
+"""How answers ended, by method: the points that were won, and why the others were not."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from flashmem_bench.report.cells import Cell, settings_differences
 from flashmem_bench.report.figures import Drawing, file_name
-from flashmem_bench.report.style import BLUE, DARK, FAINT, GREY, ORANGE, PURPLE, SKY, VERMILLION, canvas, caption, save
+from flashmem_bench.report.style import BLUE, DARK, FAINT, GREY, ORANGE, PURPLE, VERMILLION, canvas, caption, save
 
-# In the order in which they are drawn; an answer is in the first state from the end that holds for it.
+RIGHT = "right"
+# In the order in which they are drawn.
 STATES: Mapping[str, tuple[str, str]] = {
-    "right": (BLUE, ""),
-    "partly right": (SKY, ""),
+    RIGHT: (BLUE, ""),
     "wrong": (FAINT, ""),
     "no answer found": (ORANGE, "///"),
     "cut at the budget": (PURPLE, "\\\\\\"),
@@ -23,20 +23,25 @@ STATES: Mapping[str, tuple[str, str]] = {
 }
 
 
-def state_of(row: Mapping[str, Any]) -> str:
-    """The state of one sample. A right answer is right however it ended; a failure hides everything before it."""
+def why_lost(row: Mapping[str, Any]) -> str:
+    """Why the points that a sample did not win were lost; a failure hides whatever came before it."""
     if row.get("error") is not None:
         return "failed"
     if row.get("parse_status") in ("timeout", "error"):
         return "not graded in time" if row["parse_status"] == "timeout" else "grader failed"
-    score = row.get("score")
-    if score is not None and score >= 1:
-        return "right"
     if row.get("truncated"):
         return "cut at the budget"
-    if row.get("parse_status") == "no_answer":
-        return "no answer found"
-    return "partly right" if score else "wrong"
+    return "no answer found" if row.get("parse_status") == "no_answer" else "wrong"
+
+
+def shares(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Share of all points in each state; a sample that is partly right has a part in two of them."""
+    found = dict.fromkeys(STATES, 0.0)
+    for row in rows:
+        won = float(row.get("score") or 0.0) if row.get("error") is None else 0.0
+        found[RIGHT] += won / len(rows)
+        found[why_lost(row)] += (1 - won) / len(rows)
+    return found
 
 
 def draw_outcomes(cells: Sequence[Cell], folder: Path) -> list[Drawing]:
@@ -51,29 +56,26 @@ def draw_outcomes(cells: Sequence[Cell], folder: Path) -> list[Drawing]:
 
 def _draw(suite: str, cells: Sequence[Cell], differences: Mapping[str, str], folder: Path) -> Drawing:
     names = [_label(cell, differences[cell.cell_id]) for cell in cells]
-    shares = [_shares(cell.rows) for cell in cells]
-    shown = [state for state in STATES if any(part[state] for part in shares)]
-    with canvas(1.3 + 0.2 * max(len(cells), 4)) as (figure, (axes,)):
+    parts = [shares(cell.rows) for cell in cells]
+    with canvas(1.3 + 0.19 * max(len(cells), 4)) as (figure, (axes,)):
         places = list(range(len(cells)))[::-1]
         left = [0.0] * len(cells)
-        for state in shown:
+        for state in [state for state in STATES if any(part[state] > 0 for part in parts)]:
             color, hatch = STATES[state]
-            widths = [100 * part[state] for part in shares]
+            widths = [100 * part[state] for part in parts]
             axes.barh(places, widths, left=left, color=color, hatch=hatch, edgecolor="white", label=state, height=0.75)
             left = [start + width for start, width in zip(left, widths, strict=True)]
         axes.set_yticks(places, names, fontsize=6.5)
+        axes.set_ylim(-0.7, len(cells) - 0.3)
         axes.set_xlim(0, 100)
-        axes.set_xlabel("% of the samples")
-        figure.legend(loc="outside upper right", ncols=min(len(shown), 4))
-        footnote = "wrong, no answer and cut answers score alike and mean different things"
+        axes.set_xlabel("% of all points")
+        figure.legend(loc="outside lower center", ncols=4)
+        footnote = (
+            "a graded sample is right by its score; wrong, no answer and cut score alike and mean different things"
+        )
         caption(figure, f"{suite}: how answers ended", footnote, cpu_timed=False)
         svg = save(figure, folder, f"outcomes-{file_name(suite)}")
-    return Drawing("outcomes", suite, svg, "How answers ended, by method, in per cent of the samples.")
-
-
-def _shares(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    found = [state_of(row) for row in rows]
-    return {state: found.count(state) / len(found) for state in STATES}
+    return Drawing("outcomes", suite, svg, "How answers ended, by method: points won, and why the others were lost.")
 
 
 def _label(cell: Cell, told: str) -> str:
