@@ -147,14 +147,17 @@ def test_the_harness_checks_itself() -> None:
     arm = new_arm("flashmem", backbone, SHORT)
     check = check_harness(backbone, arm, SHORT, 16, repeats=3, runs=5)
     assert len(check.gaps) == 3 * 2 * 5 and len(check.ratios) == 3
+    assert 0 < check.clock_share < 1
     assert check.covered <= 3 and all(ratio.low <= ratio.estimate <= ratio.high for ratio in check.ratios)
     assert json.loads(json.dumps(check.plain()))["covered"] == check.covered
 
 
 def test_a_harness_that_is_off_says_so() -> None:
     fine, off = Interval(1.0, 0.9, 1.1), Interval(1.2, 1.1, 1.3)
-    good = SelfCheck("vanilla", 512, [0.001] * 19 + [0.3], Interval(1.01, 0.99, 1.03), [fine] * 17 + [off] * 3)
-    bad = SelfCheck("vanilla", 512, [0.001] * 18 + [0.3] * 2, Interval(1.04, 1.03, 1.05), [fine] * 16 + [off] * 4)
+    good = SelfCheck("vanilla", 512, [0.001] * 19 + [0.3], 0.001, Interval(1.01, 0.99, 1.03), [fine] * 17 + [off] * 3)
+    bad = SelfCheck(
+        "vanilla", 512, [0.001] * 18 + [0.3] * 2, 0.001, Interval(1.05, 1.04, 1.06), [fine] * 16 + [off] * 4
+    )
     assert all(ok for _, ok in good.findings())
     assert not any(ok for _, ok in bad.findings())
 
