@@ -36,10 +36,19 @@ def training_records(cells: Sequence[Cell], root: Path) -> list[Record]:
 
 
 def _folders(cells: Sequence[Cell], root: Path) -> list[Path]:
-    named = {Path(str(cell.manifest.get("descr", {}).get("checkpoint"))) for cell in cells}
+    named = {_here(Path(str(cell.manifest.get("descr", {}).get("checkpoint"))), root) for cell in cells}
     below = (root / "checkpoints").glob(f"**/{_CURVES}")
     found = {path.resolve() for path in [*named, *(path.parent for path in below)] if (path / _CURVES).is_file()}
     return sorted(path for path in found if (path / "config.json").is_file())
+
+
+def _here(named: Path, root: Path) -> Path:
+    """The folder that a cell names, or its copy in this results folder, where that was moved or copied."""
+    if "checkpoints" not in named.parts:
+        return named
+    inside = named.parts[len(named.parts) - named.parts[::-1].index("checkpoints") :]
+    copy = root.joinpath("checkpoints", *inside)
+    return copy if copy.is_dir() else named
 
 
 def _records(folder: Path, root: Path) -> Iterator[Record]:
