@@ -184,6 +184,8 @@ class Suite:
             found = self._task.process_results(sample.doc, [filtered])
             metrics |= {f"{name},{ensemble.name}": value for name, value in self._numbers(found)}
             if self.primary_metric.rpartition(",")[2] == ensemble.name:
+                if not found:
+                    raise GradeTimeout(f"no metric of {sample.sample_id} within the deadline", counts_as_wrong=False)
                 extracted = _extracted(filtered)
         return extracted, metrics
 
