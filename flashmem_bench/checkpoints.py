@@ -17,12 +17,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from flashmem.errors import CheckpointError
 from flashmem_bench.errors import MissingCheckpointError, UsageError
 from flashmem_bench.models import BUNDLED, model_key
+from flashmem_bench.suites import list_suites
 
 UNTRAINED = "untrained"
 JOINT = "joint"
@@ -107,10 +109,12 @@ def find_checkpoint(results: Path, model: str, suite: str, method: str, named: s
     if named is not None:
         record = read_record(fetch(named))
         _check_source(record, method, named)
+        _check_clean(record, suite, named)
         return Checkpoint(fetch(named), _scope(record, suite), record)
     notes: list[str] = []
     for folder in _candidates(results, model, suite, method):
         record = read_record(folder)
+        _check_clean(record, suite, str(folder))
         metadata = record.get("metadata") or {}
         harm = harm_of(metadata, suite)
         if harm is not None and harm > HARM_LIMIT:
@@ -183,6 +187,18 @@ def _check_source(record: dict[str, Any], method: str, named: str) -> None:
         raise UsageError(
             f"the checkpoint {named} is a {found} memory; this method needs one made by "
             f"`flashmem-bench train --method {method}`"
+        )
+
+
+def _check_clean(record: dict[str, Any], suite: str, named: str) -> None:
+    """Refuse a memory that has seen the suite's test questions under another suite's name."""
+    info = next((info for info in list_suites() if info.name == suite), None)
+    patterns = (info.metadata.get("never_trained_on") or ()) if info is not None else ()
+    seen = [name for name in suites_of(record) if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if seen:
+        raise UsageError(
+            f"the checkpoint {named} was trained on {', '.join(seen)}, which has questions of the test of {suite}; "
+            "choose one that was trained on other suites with --checkpoint"
         )
 
 

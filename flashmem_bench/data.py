@@ -122,12 +122,16 @@ class SuiteFiles:
         return f"the hub's {self.suite}", enumerate(self._hub(name), start=1)
 
     def _hub(self, name: str) -> list[Doc]:
-        from flashmem_bench.hub import HubError
+        from flashmem_bench.hub import HubError, NotOnHubError
 
+        needed = " and ".join(f"{self.suite}/{stem}.jsonl[.gz]" for stem in self._files.values())
         try:
             return self._from_hub(name)
+        except NotOnHubError as error:
+            raise DataError(
+                f"no data for {self.suite}: {error}; put {needed} into a folder given with --data-dir or FLASHMEM_DATA"
+            ) from error
         except HubError as error:
-            needed = " and ".join(f"{self.suite}/{stem}.jsonl[.gz]" for stem in self._files.values())
             raise DataError(
                 f"no data for {self.suite}: {error}. Three ways out: a folder that holds {needed} given with "
                 "--data-dir or FLASHMEM_DATA; a network connection; a filled datasets cache (HF_HOME)"

@@ -27,6 +27,10 @@ class HubError(Exception):
     """The dataset is neither in the cache nor to be had from the hub; the message says why, in a clause."""
 
 
+class NotOnHubError(HubError):
+    """The dataset is on no hub; the message says where its files come from, in a clause."""
+
+
 def hub_reachable(deadline_s: float = DEADLINE_S) -> bool:
     """Return whether the hub answers within `deadline_s` seconds, name resolution included."""
     if any(
@@ -71,7 +75,7 @@ def quick_hub() -> Iterator[bool]:
             home.HF_HUB_OFFLINE = value
 
 
-def hub_rows(repo: str, config: str, split: str) -> list[dict[str, Any]]:
+def hub_rows(repo: str, config: str | None, split: str) -> list[dict[str, Any]]:
     """Return the rows of one split of a hub dataset, from the cache or the network.
 
     Raises:

@@ -121,7 +121,8 @@ def timing_columns(timing: Timing) -> dict[str, Any]:
 
 
 def grade_columns(grade: Grade, *, scored: bool, valid: bool) -> dict[str, Any]:
-    """Return the grade's columns; `scored` False (untrained memory) leaves every score null."""
+    """Return the grade's columns; `scored` False (untrained memory) leaves every score null, as a late grade does."""
+    scored = scored and grade.counts
     columns: dict[str, Any] = {
         "parse_status": grade.parse_status,
         "answer_extracted": grade.extracted,

@@ -301,6 +301,7 @@ class _CellLoop:
             generation_columns(generation, sample, self.backbone),
             timing_columns(timing),
             grade_columns(grade, scored=prepared.scored, valid=not prompt.beyond),
+            {"grader": prepared.suite.grader},
             metric_columns(curve(prepared.suite, sample, generation.candidates)),
         )
 

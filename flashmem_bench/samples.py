@@ -34,12 +34,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Grade:
-    """What a completion is worth: `score` is the primary metric, `metrics` has them all by name."""
+    """What a completion is worth: `score` is the primary metric, `metrics` has them all by name.
+
+    Attributes:
+        counts: False where the grader could not decide in time: the score is then no score and belongs in no mean.
+    """
 
     score: float
     parse_status: Literal["ok", "no_answer", "timeout", "error"]
     metrics: dict[str, float]
     extracted: str | None
+    counts: bool = True
 
 
 @dataclass(frozen=True)

@@ -138,13 +138,20 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
     ),
     _c("finish_reason", "string", "eos, stop or length."),
     _c("truncated", "bool", "The answer was cut at the token budget.", "", "finish_reason == 'length'"),
-    _c("parse_status", "string", "ok, no_answer, timeout or error, from the grader."),
+    _c(
+        "parse_status",
+        "string",
+        "ok, no_answer, timeout or error, from the grader; after a timeout of the grader itself the score is null, "
+        "after one of the model's program it is 0.",
+    ),
     _c("answer_extracted", "string", "The answer that the grader found in the text."),
+    _c("grader", "string", "Name and version of what graded the answer; null in rows of earlier versions."),
     _c("score", "float", "The suite's primary metric for this sample."),
     _c(
         "score_valid",
         "bool",
-        "False for untrained memory and beyond the trained context: never in a headline.",
+        "False for untrained memory, beyond the trained context and where the grader could not decide in time: never "
+        "in a headline.",
     ),
     _c("prefill_ms", "float", "Forward pass over the prompt.", "ms"),
     _c(

@@ -42,6 +42,7 @@ class Request:
         placement: single, or auto to spread the backbone over the devices that there are.
         truncate: How a prompt beyond the positions is cut; None = it is an error.
         match: How a random trigger is matched to its flashmem cell.
+        allow_code: Suites may execute the programs that a model wrote.
         calibrate_missing: Measure a threshold that is not there, instead of refusing (ablations of the monitor).
         command: The command line that continues this run.
     """
@@ -64,6 +65,7 @@ class Request:
     split: str = "test"
     skip_bad_rows: bool = False
     trust_suite: bool = False
+    allow_code: bool = False
     calibrate_missing: bool = False
     command: str = ""
 

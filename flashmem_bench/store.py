@@ -215,6 +215,36 @@ class CellStore:
         self._save(manifest)
         self.close()
 
+    def revise(self, rows: list[dict[str, Any]], summary: Mapping[str, Any], note: Mapping[str, Any]) -> None:
+        """Replace rows of samples that are there already, all at once; texts and all other rows stay.
+
+        Args:
+            rows: Whole rows; each takes the place of the row with its ``sample_id``.
+            summary: What changes in the cell's summary.
+            note: Kept in the manifest's list ``revisions`` with the time.
+
+        Raises:
+            KeyError: A row of a sample that the cell does not have.
+            TypeError: A value that cannot be stored.
+            StoreError: The write failed, or another process writes this cell.
+        """
+        self._open_for_writing()
+        try:
+            path = self.path / "samples.jsonl"
+            held = _by_sample(path)
+            new = {row["sample_id"]: {key: _scalar(value, key) for key, value in row.items()} for row in rows}
+            missing = sorted(new.keys() - held.keys())
+            if missing:
+                raise KeyError(f"{self.path} has no sample {missing[0]}")
+            _replace(path, b"".join(_line(row) for row in {**held, **new}.values()))
+            manifest = self.manifest
+            manifest["summary"] = {**manifest.get("summary", {}), **summary}
+            manifest.setdefault("revisions", []).append({"at": _now(), **note})
+            self._save(manifest)
+        finally:
+            # The open file is the one that was replaced.
+            self.close()
+
     def close(self) -> None:
         """Close the files and release the lock; reading stays possible."""
         for handle in [*self._files.values(), *([self._lock] if self._lock else [])]:
@@ -371,11 +401,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _replace_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file so that a reader sees the old or the new one, never a part."""
+    _replace(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as handle:
-            handle.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")
+            handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
         temporary.replace(path)

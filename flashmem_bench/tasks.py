@@ -26,6 +26,7 @@ from typing import Any
 from flashmem_bench.data import Doc
 from flashmem_bench.errors import BenchError, DataError, UsageError
 from flashmem_bench.grading.hooks import NO_ANSWER
+from flashmem_bench.grading.outcome import GradeTimeout
 from flashmem_bench.samples import GenerationArgs, Grade, Sample
 from flashmem_bench.suites import SuiteInfo, find_suite, function_names, read_suite_file
 
@@ -101,6 +102,13 @@ class Suite:
         return getattr(self._task.dataset, "bad_rows", 0)
 
     @property
+    def grader(self) -> str:
+        """Name and version of what grades: the suite's own grader with its package, else lm-eval."""
+        own, package = self.info.metadata.get("grader"), self.info.metadata.get("grader_package")
+        versions = [f"{name} {version(name)}" for name in (package, None if own else "lm-eval") if name]
+        return " / ".join([*versions, *([str(own)] if own else [])])
+
+    @property
     def task(self) -> Any:
         """The lm-eval Task behind the suite."""
         return self._task
@@ -140,8 +148,9 @@ class Suite:
     def grade(self, sample: Sample, text: str) -> Grade:
         """Grade a completion with the task's filters and metrics.
 
-        A grader that fails on this text gives `parse_status="error"` and no points; a library that the
-        grader needs and that is not installed is a `DataError`, since it would fail on every text.
+        A grader that fails on this text gives `parse_status="error"` and no points; one that runs into its deadline
+        gives "timeout" and no points, which count only where the text is to blame. A library that the grader needs
+        and that is not installed is a `DataError`, since it would fail on every text.
         """
         try:
             extracted, metrics = self._metrics(sample, text)
@@ -149,6 +158,8 @@ class Suite:
             raise DataError(f"grading {self.name} needs a package that is not installed: {error}") from error
         except BenchError:
             raise
+        except GradeTimeout as late:
+            return Grade(0.0, "timeout", {}, None, counts=late.counts_as_wrong)
         except Exception as error:
             logging.getLogger(__name__).warning("grading %s failed: %r", sample.sample_id, error)
             return Grade(0.0, "error", {}, None)
@@ -173,6 +184,8 @@ class Suite:
             found = self._task.process_results(sample.doc, [filtered])
             metrics |= {f"{name},{ensemble.name}": value for name, value in self._numbers(found)}
             if self.primary_metric.rpartition(",")[2] == ensemble.name:
+                if not found:
+                    raise GradeTimeout(f"no metric of {sample.sample_id} within the deadline", counts_as_wrong=False)
                 extracted = _extracted(filtered)
         return extracted, metrics
 

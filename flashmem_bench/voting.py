@@ -34,7 +34,11 @@ def winner(answers: Sequence[str | None]) -> int:
 
 
 def curve(suite: Suite, sample: Sample, texts: Sequence[str]) -> dict[str, float]:
-    """Return the score of the vote over the first 1, 2, ... answers as `sc_1`, `sc_2`, ...; empty without answers."""
+    """Return the score of the vote over the first 1, 2, ... answers as `sc_1`, `sc_2`, ...; empty without answers.
+
+    A vote whose winner could not be graded in time is left out.
+    """
     grades = [suite.grade(sample, text) for text in texts]
     found = [grade.extracted for grade in grades]
-    return {f"{CURVE_PREFIX}{n}": float(grades[winner(found[:n])].score) for n in range(1, len(texts) + 1)}
+    won = {n: grades[winner(found[:n])] for n in range(1, len(texts) + 1)}
+    return {f"{CURVE_PREFIX}{n}": float(grade.score) for n, grade in won.items() if grade.counts}

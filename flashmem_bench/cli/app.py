@@ -14,6 +14,7 @@ from flashmem_bench.cli.latency import latency
 from flashmem_bench.cli.lists import list_names
 from flashmem_bench.cli.moments import moments
 from flashmem_bench.cli.plan import plan
+from flashmem_bench.cli.regrade import regrade
 from flashmem_bench.cli.report import report
 from flashmem_bench.cli.reproduce import reproduce
 from flashmem_bench.cli.run import run
@@ -46,6 +47,7 @@ for _name, _command in {
     "latency": latency,
     "compare": compare,
     "report": report,
+    "regrade": regrade,
     "verify": verify,
     "plan": plan,
     "reproduce": reproduce,

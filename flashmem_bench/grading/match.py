@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Sequence
+from fractions import Fraction
 
 _DECIMAL = re.compile(r"([-+]?)([0-9]*)(?:\.([0-9]*))?")
 _ARTICLES = re.compile(r"^(?:(?:the|an?) )+")
@@ -34,6 +35,25 @@ def same_number(answer: str, gold: str) -> bool:
     """Return whether both are numbers of the same value."""
     value = normal_number(answer)
     return value is not None and value == normal_number(gold)
+
+
+def same_quantity(answer: str, gold: str) -> bool:
+    """Return whether both are numbers or fractions of the same value, or both the word `None`.
+
+    `1/2` is 0.5, but 0.33 is not `1/3`: nothing is rounded.
+    """
+    if "none" in (answer.strip().lower(), gold.strip().lower()):
+        return answer.strip().lower() == gold.strip().lower()
+    value = _fraction(answer)
+    return value is not None and value == _fraction(gold)
+
+
+def _fraction(text: str) -> Fraction | None:
+    over, _, under = text.partition("/")
+    parts = [normal_number(over), normal_number(under or "1")]
+    if None in parts or parts[1] == "0":
+        return None
+    return Fraction(str(parts[0])) / Fraction(str(parts[1]))
 
 
 def normal_words(text: str) -> str:

@@ -146,7 +146,10 @@ def _cell_warnings(cell: Cell) -> list[str]:
         found.append(f"{say.share(use['error_rate'])} of the samples failed and have no score.")
     if (use["truncated_rate"] or 0) > _MANY_TRUNCATED:
         found.append(f"{say.share(use['truncated_rate'])} of the answers were cut at the token budget.")
-    if score["n_scored"] < score["n"] and any(row.get("score_valid") is False for row in cell.rows):
+    late = sum(row.get("parse_status") == "timeout" and row.get("score") is None for row in cell.rows)
+    if late:
+        found.append(f"{late} of the answers could not be graded in time and have no score.")
+    if score["n_scored"] < score["n"] - late and any(row.get("score_valid") is False for row in cell.rows):
         found.append("scores of an untrained memory, or beyond the trained context, are left out.")
     if len(attempts) > 1:
         found.append(f"times are pooled over {len(attempts)} attempts.")

@@ -5,18 +5,22 @@ lm-eval calls such a function with the suite's `metadata` and `dataset_kwargs` a
 Every document has `id`, `gold` (the right answer, for grading) and `stratum`, `cluster` where it shares a text with
 others, and keeps the fields of its source. The order of a split is fixed, so that a larger limit only adds samples.
 
-    made      rows that our generators write
-    maths     numbers and formulas
-    stories   bAbI
-    splits    held-out parts of a training file
+    made       rows that our generators write
+    maths      numbers and formulas
+    choice     questions with lettered options
+    summaries  long texts and what they say in short
+    stories    bAbI
+    splits     held-out parts of a training file
 
 Held out: calibration and validation are the same rows, the last `held_out` share of a real suite's training
-file. The threshold reads no answers from them and the choice among checkpoints reads no threshold, so
-nothing leaks between the two.
+file, or its validation file where it has one. The threshold reads no answers from them and the choice among
+checkpoints reads no threshold, so nothing leaks between the two.
 """
 
+from flashmem_bench.sources.choice import arc_challenge, gpqa
 from flashmem_bench.sources.made import generated
-from flashmem_bench.sources.maths import gsm8k
+from flashmem_bench.sources.maths import gsm8k, gsm_plus, math
 from flashmem_bench.sources.stories import babi
+from flashmem_bench.sources.summaries import booksum, govreport, qmsum
 
-__all__ = ["babi", "generated", "gsm8k"]
+__all__ = ["arc_challenge", "babi", "booksum", "generated", "govreport", "gpqa", "gsm8k", "gsm_plus", "math", "qmsum"]
