@@ -13,8 +13,6 @@ Invariant: the history goes through the backbone once. `DecodeState.encoded` cou
 
 from __future__ import annotations
 
-import hashlib
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmem import monitor as monitoring
+from flashmem import weights
 from flashmem.errors import ConfigError, FlashMemError, PromptTooLongError
 from flashmem.loading import load, require_supported
 from flashmem.monitor import MonitorConfig
@@ -209,13 +208,7 @@ class Backbone:
     def fingerprint(self) -> str:
         """16 hex digits over a fixed sample of every weight: tells two backbones apart, not two dtypes."""
         if self._fingerprint is None:
-            digest = hashlib.sha256()
-            for name, weight in sorted(self.model.state_dict().items()):
-                flat = weight.detach().flatten()
-                sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.bfloat16)
-                digest.update(f"{name}{tuple(weight.shape)}".encode())
-                digest.update(sample.view(torch.int16).numpy().tobytes())
-            self._fingerprint = digest.hexdigest()[:16]
+            self._fingerprint = weights.fingerprint(self.model)
         return self._fingerprint
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -224,27 +217,11 @@ class Backbone:
 
     def embedding_norm(self) -> float:
         """Mean Euclidean norm of the token embeddings as the first layer sees them."""
-        table = self.model.get_input_embeddings()
-        sample = torch.arange(min(table.weight.shape[0], 8192), device=self.device)
-        with torch.no_grad():
-            return float(table(sample).float().norm(dim=-1).mean())
+        return weights.embedding_norm(self.model)
 
     def stream_scale(self) -> float:
-        """Size of the residual stream before the final norm, with the state after it as the unit; a power of two.
-
-        Measured on ids spread over the vocabulary. The first positions are left out: attention sinks have streams of
-        another size.
-        """
-        streams: list[Tensor] = []
-        hook = self.decoder.norm.register_forward_pre_hook(lambda _, given: streams.append(given[0]))
-        ids = torch.linspace(0, self.model.get_input_embeddings().weight.shape[0] - 1, 64, device=self.device)
-        try:
-            with torch.no_grad():
-                after = self.decoder(input_ids=ids.long()[None], use_cache=False).last_hidden_state
-        finally:
-            hook.remove()
-        before, after = (x[0, 8:].float().norm(dim=-1).to("cpu") for x in (streams[0], after))
-        return 2.0 ** round(math.log2(float((before / after).median())))
+        """Size of the residual stream before the final norm, with the state after it as the unit; a power of two."""
+        return weights.stream_scale(self.model)
 
     def rotary(self, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine `[B, Q, d_h]` that a layer uses for positions `[B, Q]`."""
