@@ -8,12 +8,15 @@ row does not use is a *hole*: it has no position, no later query sees it, and it
 here from positions, not from slot numbers, so a sliding window is the same in a batch as alone. Where causality needs
 no mask (one unpadded row, most of the time) none is passed, and SDPA keeps its fast kernels.
 
-Invariant: the history goes through the backbone once. `DecodeState.encoded` counts every position that did.
+Invariant: the history goes through the backbone once. `DecodeState.encoded` counts every position that did, and a fork
+of a state counts anew.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,10 @@ _MASK_PER_TYPE = frozenset({"qwen2", "qwen3", "gemma2", "gemma3_text"})
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 # Stands for "sees every key": the query position of a hole, whose output nobody reads but which must stay finite.
 _EVERYWHERE = torch.iinfo(torch.int64).max
+# Appended positions that take one pass: their mask has so many rows, whatever is appended.
+_PIECE = 2048
+_EXPORTED = ("positions", "latents", "next_position", "logits", "hidden", "entropy")
+_CACHED = ("keys", "values")
 
 
 @dataclass
@@ -46,7 +53,8 @@ class DecodeState:
         logits: `[B, V]` after the newest position of each row, float32.
         hidden: `[B, d]` post-norm last hidden state of the newest position.
         entropy: `[B]` monitored entropy of the newest position, nats; zeros when the monitor is off.
-        encoded: positions that went through the backbone, one count a row.
+        encoded: positions that went through the backbone for this state, one count a row.
+        reused: positions that it took over from the state that it was forked from, one count a row.
         inputs: the input embeddings `[B, Q, d]` of every pass, kept only for memories that re-encode the history.
         evicted: positions whose keys and values were dropped, one count a row.
         woven: positions that went through a second model of the memory source, one count a row.
@@ -65,6 +73,7 @@ class DecodeState:
     inputs: list[Tensor] | None = None
     evicted: list[int] = field(default_factory=list)
     woven: list[int] = field(default_factory=list)
+    reused: list[int] = field(default_factory=list)
     kept: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -238,11 +247,18 @@ class Backbone:
 
     def encode_chat(self, prompt: str) -> list[int]:
         """Token ids of one user turn through the chat template, ready for the answer; plain text without one."""
+        return self.encode_turns([{"role": "user", "content": prompt}], answer=True)
+
+    def encode_turns(self, turns: list[dict[str, str]], *, answer: bool) -> list[int]:
+        """Token ids of a conversation through the chat template; without one, of its texts joined.
+
+        Args:
+            turns: `role` and `content` of each.
+            answer: end where the answer begins.
+        """
         if not self.tokenizer.chat_template:
-            return self.tokenizer.encode(prompt)
-        turns = [{"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        return self.encode(text)
+            return self.tokenizer.encode("".join(turn["content"] for turn in turns))
+        return self.encode(self.tokenizer.apply_chat_template(turns, add_generation_prompt=answer, tokenize=False))
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of token ids, special tokens left out."""
@@ -288,6 +304,11 @@ class Backbone:
 
     def append(self, state: DecodeState, rows: list[list[int]]) -> None:
         """Feed each row tokens of its own, of different numbers, none at all included; the shorter ones get holes."""
+        width = max(len(row) for row in rows)
+        for start in range(0, width, _PIECE):
+            self._append_piece(state, [row[start : start + _PIECE] for row in rows])
+
+    def _append_piece(self, state: DecodeState, rows: list[list[int]]) -> None:
         width = max(len(row) for row in rows)
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self.device)
         real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows], device=self.device)
@@ -395,9 +416,67 @@ class Backbone:
         state.cache.batch_repeat_interleave(times)
         for name in ("positions", "latents", "next_position", "logits", "hidden", "entropy"):
             setattr(state, name, getattr(state, name).repeat_interleave(times, 0))
-        state.encoded = [n if copy == 0 else 0 for n in state.encoded for copy in range(times)]
+        state.encoded = [n if nth == 0 else 0 for n in state.encoded for nth in range(times)]
         state.evicted = [n for n in state.evicted for _ in range(times)]
-        state.woven = [n if copy == 0 else 0 for n in state.woven for copy in range(times)]
+        state.woven = [n if nth == 0 else 0 for n in state.woven for nth in range(times)]
+        state.reused = [n if nth == 0 else 0 for n in state.reused for nth in range(times)]
+
+    def fork(self, state: DecodeState) -> DecodeState:
+        """A state that goes on from here by itself, while the given one stays as it is.
+
+        All tensors are shared: whatever writes to a state puts new tensors in the place of the old ones. What the fork
+        encodes is counted from 0, and what it has from its parent is in `reused`.
+        """
+        cache = copy.copy(state.cache)
+        cache.layers = [copy.copy(layer) for layer in state.cache.layers]
+        return replace(
+            state,
+            cache=cache,
+            encoded=[0] * state.batch_size,
+            woven=[0] * state.batch_size,
+            evicted=list(state.evicted),
+            reused=(state.positions >= 0).sum(1).tolist(),
+            inputs=None if state.inputs is None else list(state.inputs),
+            kept={name: self.fork(it) if isinstance(it, DecodeState) else it for name, it in state.kept.items()},
+        )
+
+    def export_state(self, state: DecodeState) -> dict[str, Tensor]:
+        """Everything that a state needs to go on, by name, as tensors of its own device; views, do not write.
+
+        What a memory source keeps (`kept`) is left out: it is made again when it is missing.
+
+        Raises:
+            ConfigError: keys and values were evicted, so a slot no longer has one position.
+        """
+        if any(state.evicted):
+            raise ConfigError("A state whose keys and values were evicted cannot be saved: save it before eviction.")
+        tensors = {name: getattr(state, name) for name in _EXPORTED} | {"ragged": torch.tensor(state.ragged)}
+        for index, entry in enumerate(state.cache.layers):
+            tensors |= {f"{part}.{index}": getattr(entry, part) for part in _CACHED}
+        return tensors if state.inputs is None else {**tensors, "inputs": torch.cat(state.inputs, 1)}
+
+    def import_state(self, tensors: Mapping[str, Tensor]) -> DecodeState:
+        """The state that `export_state` took apart; its positions count as `reused`.
+
+        Raises:
+            ConfigError: the tensors are not those of a state of this backbone in this dtype.
+        """
+        layers = sum(name.startswith("keys.") for name in tensors)
+        needed = {*_EXPORTED, "ragged", *(f"{part}.{index}" for part in _CACHED for index in range(layers))}
+        if layers not in (0, self.num_layers) or needed - set(tensors):
+            raise ConfigError(f"These tensors are no state of {self.name}: some are missing.")
+        if tensors["hidden"].dtype != self.dtype:
+            raise ConfigError(f"The state is in {tensors['hidden'].dtype} and {self.name} in {self.dtype}.")
+        state = self.empty_state(tensors["positions"].shape[0], ragged=bool(tensors["ragged"]))
+        for name in _EXPORTED:
+            setattr(state, name, tensors[name].to(self.device))
+        for index, layer in enumerate(list(self.decoder.layers)[:layers]):
+            keys, values = (tensors[f"{part}.{index}"].to(next(layer.parameters()).device) for part in _CACHED)
+            state.cache.update(keys, values, index)
+        if "inputs" in tensors:
+            state.inputs = [tensors["inputs"].to(self.device)]
+        state.reused = (state.positions >= 0).sum(1).tolist()
+        return state
 
     def crop(self, state: DecodeState, slots: int) -> None:
         """Forget the newest slots of every row."""
@@ -406,6 +485,8 @@ class Backbone:
         for entry in state.cache.layers:
             entry.keys, entry.values = entry.keys[..., :kept, :], entry.values[..., :kept, :]
         state.positions, state.latents = state.positions[:, :kept], state.latents[:, :kept]
+        if state.inputs is not None:
+            state.inputs = [torch.cat(state.inputs, 1)[:, :kept]]
         state.next_position = state.positions.amax(1) + 1
 
     def extend(
@@ -472,6 +553,7 @@ class Backbone:
             inputs=[] if keep_inputs else None,
             evicted=[0] * batch,
             woven=[0] * batch,
+            reused=[0] * batch,
         )
 
     def _advance(self, state: DecodeState, embeds: Tensor, real: Tensor | None, latents: Tensor | None) -> Tensor:
