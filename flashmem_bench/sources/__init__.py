@@ -7,7 +7,12 @@ others, and keeps the fields of its source. The order of a split is fixed, so th
 
     made      rows that our generators write
     maths     numbers and formulas
-    stories   bAbI
+    stories   bAbI, its questions one by one or story by story
+    dialogue  LoCoMo's conversations
+    meetings  QMSum's meetings
+    lengths   generated rows at wanted lengths
+    haystack  bAbI in book text at wanted lengths
+    histories what sources of sessions share
     splits    held-out parts of a training file
 
 Held out: calibration and validation are the same rows, the last `held_out` share of a real suite's training
@@ -15,8 +20,22 @@ file. The threshold reads no answers from them and the choice among checkpoints 
 nothing leaks between the two.
 """
 
+from flashmem_bench.sources.dialogue import locomo
+from flashmem_bench.sources.haystack import babi_long
+from flashmem_bench.sources.lengths import hops_long, recall_long
 from flashmem_bench.sources.made import generated
 from flashmem_bench.sources.maths import gsm8k
-from flashmem_bench.sources.stories import babi
+from flashmem_bench.sources.meetings import qmsum_session
+from flashmem_bench.sources.stories import babi, babi_session
 
-__all__ = ["babi", "generated", "gsm8k"]
+__all__ = [
+    "babi",
+    "babi_long",
+    "babi_session",
+    "generated",
+    "gsm8k",
+    "hops_long",
+    "locomo",
+    "qmsum_session",
+    "recall_long",
+]

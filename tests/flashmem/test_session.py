@@ -146,7 +146,7 @@ def test_what_a_session_must_not_be_loaded_into(tmp_path) -> None:
     session = Session(backbone)
     session.extend(prompts_of(12)[0])
     session.save(tmp_path / "kept")
-    with pytest.raises(CheckpointError, match="is a session of tiny-qwen2 .*begin a new session"):
+    with pytest.raises(CheckpointError, match=r"is a session of tiny-qwen2 .*begin a new session"):
         Session.load(tmp_path / "kept", make_backbone("llama"))
     with pytest.raises(ConfigError, match="reads the whole history"):
         Session.load(tmp_path / "kept", backbone, memory_of(backbone, "separate-encoder"))
