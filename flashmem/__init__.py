@@ -37,6 +37,7 @@ _HOMES = {
     "Generation": "generation",
     "Trigger": "generation",
     "generate": "generation",
+    "Session": "session",
     "TraceRecorder": "trace",
     "Threshold": "calibration",
     "calibrate": "calibration",

@@ -8,14 +8,15 @@ row does not use is a *hole*: it has no position, no later query sees it, and it
 here from positions, not from slot numbers, so a sliding window is the same in a batch as alone. Where causality needs
 no mask (one unpadded row, most of the time) none is passed, and SDPA keeps its fast kernels.
 
-Invariant: the history goes through the backbone once. `DecodeState.encoded` counts every position that did.
+Invariant: the history goes through the backbone once. `DecodeState.encoded` counts every position that did, and a fork
+of a state counts anew.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmem import monitor as monitoring
+from flashmem import weights
 from flashmem.errors import ConfigError, FlashMemError, PromptTooLongError
 from flashmem.loading import load, require_supported
 from flashmem.monitor import MonitorConfig
@@ -33,6 +35,10 @@ _MASK_PER_TYPE = frozenset({"qwen2", "qwen3", "gemma2", "gemma3_text"})
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 # Stands for "sees every key": the query position of a hole, whose output nobody reads but which must stay finite.
 _EVERYWHERE = torch.iinfo(torch.int64).max
+# Appended positions that take one pass: their mask has so many rows, whatever is appended.
+_PIECE = 2048
+_EXPORTED = ("positions", "latents", "next_position", "logits", "hidden", "entropy")
+_CACHED = ("keys", "values")
 
 
 @dataclass
@@ -47,7 +53,8 @@ class DecodeState:
         logits: `[B, V]` after the newest position of each row, float32.
         hidden: `[B, d]` post-norm last hidden state of the newest position.
         entropy: `[B]` monitored entropy of the newest position, nats; zeros when the monitor is off.
-        encoded: positions that went through the backbone, one count a row.
+        encoded: positions that went through the backbone for this state, one count a row.
+        reused: positions that it took over from the state that it was forked from, one count a row.
         inputs: the input embeddings `[B, Q, d]` of every pass, kept only for memories that re-encode the history.
         evicted: positions whose keys and values were dropped, one count a row.
         woven: positions that went through a second model of the memory source, one count a row.
@@ -66,6 +73,7 @@ class DecodeState:
     inputs: list[Tensor] | None = None
     evicted: list[int] = field(default_factory=list)
     woven: list[int] = field(default_factory=list)
+    reused: list[int] = field(default_factory=list)
     kept: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -209,13 +217,7 @@ class Backbone:
     def fingerprint(self) -> str:
         """16 hex digits over a fixed sample of every weight: tells two backbones apart, not two dtypes."""
         if self._fingerprint is None:
-            digest = hashlib.sha256()
-            for name, weight in sorted(self.model.state_dict().items()):
-                flat = weight.detach().flatten()
-                sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.bfloat16)
-                digest.update(f"{name}{tuple(weight.shape)}".encode())
-                digest.update(sample.view(torch.int16).numpy().tobytes())
-            self._fingerprint = digest.hexdigest()[:16]
+            self._fingerprint = weights.fingerprint(self.model)
         return self._fingerprint
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -224,27 +226,11 @@ class Backbone:
 
     def embedding_norm(self) -> float:
         """Mean Euclidean norm of the token embeddings as the first layer sees them."""
-        table = self.model.get_input_embeddings()
-        sample = torch.arange(min(table.weight.shape[0], 8192), device=self.device)
-        with torch.no_grad():
-            return float(table(sample).float().norm(dim=-1).mean())
+        return weights.embedding_norm(self.model)
 
     def stream_scale(self) -> float:
-        """Size of the residual stream before the final norm, with the state after it as the unit; a power of two.
-
-        Measured on ids spread over the vocabulary. The first positions are left out: attention sinks have streams of
-        another size.
-        """
-        streams: list[Tensor] = []
-        hook = self.decoder.norm.register_forward_pre_hook(lambda _, given: streams.append(given[0]))
-        ids = torch.linspace(0, self.model.get_input_embeddings().weight.shape[0] - 1, 64, device=self.device)
-        try:
-            with torch.no_grad():
-                after = self.decoder(input_ids=ids.long()[None], use_cache=False).last_hidden_state
-        finally:
-            hook.remove()
-        before, after = (x[0, 8:].float().norm(dim=-1).to("cpu") for x in (streams[0], after))
-        return 2.0 ** round(math.log2(float((before / after).median())))
+        """Size of the residual stream before the final norm, with the state after it as the unit; a power of two."""
+        return weights.stream_scale(self.model)
 
     def rotary(self, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine `[B, Q, d_h]` that a layer uses for positions `[B, Q]`."""
@@ -261,11 +247,18 @@ class Backbone:
 
     def encode_chat(self, prompt: str) -> list[int]:
         """Token ids of one user turn through the chat template, ready for the answer; plain text without one."""
+        return self.encode_turns([{"role": "user", "content": prompt}], answer=True)
+
+    def encode_turns(self, turns: list[dict[str, str]], *, answer: bool) -> list[int]:
+        """Token ids of a conversation through the chat template; without one, of its texts joined.
+
+        Args:
+            turns: `role` and `content` of each.
+            answer: end where the answer begins.
+        """
         if not self.tokenizer.chat_template:
-            return self.tokenizer.encode(prompt)
-        turns = [{"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        return self.encode(text)
+            return self.tokenizer.encode("".join(turn["content"] for turn in turns))
+        return self.encode(self.tokenizer.apply_chat_template(turns, add_generation_prompt=answer, tokenize=False))
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of token ids, special tokens left out."""
@@ -311,6 +304,11 @@ class Backbone:
 
     def append(self, state: DecodeState, rows: list[list[int]]) -> None:
         """Feed each row tokens of its own, of different numbers, none at all included; the shorter ones get holes."""
+        width = max(len(row) for row in rows)
+        for start in range(0, width, _PIECE):
+            self._append_piece(state, [row[start : start + _PIECE] for row in rows])
+
+    def _append_piece(self, state: DecodeState, rows: list[list[int]]) -> None:
         width = max(len(row) for row in rows)
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self.device)
         real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows], device=self.device)
@@ -418,9 +416,67 @@ class Backbone:
         state.cache.batch_repeat_interleave(times)
         for name in ("positions", "latents", "next_position", "logits", "hidden", "entropy"):
             setattr(state, name, getattr(state, name).repeat_interleave(times, 0))
-        state.encoded = [n if copy == 0 else 0 for n in state.encoded for copy in range(times)]
+        state.encoded = [n if nth == 0 else 0 for n in state.encoded for nth in range(times)]
         state.evicted = [n for n in state.evicted for _ in range(times)]
-        state.woven = [n if copy == 0 else 0 for n in state.woven for copy in range(times)]
+        state.woven = [n if nth == 0 else 0 for n in state.woven for nth in range(times)]
+        state.reused = [n if nth == 0 else 0 for n in state.reused for nth in range(times)]
+
+    def fork(self, state: DecodeState) -> DecodeState:
+        """A state that goes on from here by itself, while the given one stays as it is.
+
+        All tensors are shared: whatever writes to a state puts new tensors in the place of the old ones. What the fork
+        encodes is counted from 0, and what it has from its parent is in `reused`.
+        """
+        cache = copy.copy(state.cache)
+        cache.layers = [copy.copy(layer) for layer in state.cache.layers]
+        return replace(
+            state,
+            cache=cache,
+            encoded=[0] * state.batch_size,
+            woven=[0] * state.batch_size,
+            evicted=list(state.evicted),
+            reused=(state.positions >= 0).sum(1).tolist(),
+            inputs=None if state.inputs is None else list(state.inputs),
+            kept={name: self.fork(it) if isinstance(it, DecodeState) else it for name, it in state.kept.items()},
+        )
+
+    def export_state(self, state: DecodeState) -> dict[str, Tensor]:
+        """Everything that a state needs to go on, by name, as tensors of its own device; views, do not write.
+
+        What a memory source keeps (`kept`) is left out: it is made again when it is missing.
+
+        Raises:
+            ConfigError: keys and values were evicted, so a slot no longer has one position.
+        """
+        if any(state.evicted):
+            raise ConfigError("A state whose keys and values were evicted cannot be saved: save it before eviction.")
+        tensors = {name: getattr(state, name) for name in _EXPORTED} | {"ragged": torch.tensor(state.ragged)}
+        for index, entry in enumerate(state.cache.layers):
+            tensors |= {f"{part}.{index}": getattr(entry, part) for part in _CACHED}
+        return tensors if state.inputs is None else {**tensors, "inputs": torch.cat(state.inputs, 1)}
+
+    def import_state(self, tensors: Mapping[str, Tensor]) -> DecodeState:
+        """The state that `export_state` took apart; its positions count as `reused`.
+
+        Raises:
+            ConfigError: the tensors are not those of a state of this backbone in this dtype.
+        """
+        layers = sum(name.startswith("keys.") for name in tensors)
+        needed = {*_EXPORTED, "ragged", *(f"{part}.{index}" for part in _CACHED for index in range(layers))}
+        if layers not in (0, self.num_layers) or needed - set(tensors):
+            raise ConfigError(f"These tensors are no state of {self.name}: some are missing.")
+        if tensors["hidden"].dtype != self.dtype:
+            raise ConfigError(f"The state is in {tensors['hidden'].dtype} and {self.name} in {self.dtype}.")
+        state = self.empty_state(tensors["positions"].shape[0], ragged=bool(tensors["ragged"]))
+        for name in _EXPORTED:
+            setattr(state, name, tensors[name].to(self.device))
+        for index, layer in enumerate(list(self.decoder.layers)[:layers]):
+            keys, values = (tensors[f"{part}.{index}"].to(next(layer.parameters()).device) for part in _CACHED)
+            state.cache.update(keys, values, index)
+        if "inputs" in tensors:
+            state.inputs = [tensors["inputs"].to(self.device)]
+        state.reused = (state.positions >= 0).sum(1).tolist()
+        return state
 
     def crop(self, state: DecodeState, slots: int) -> None:
         """Forget the newest slots of every row."""
@@ -429,6 +485,8 @@ class Backbone:
         for entry in state.cache.layers:
             entry.keys, entry.values = entry.keys[..., :kept, :], entry.values[..., :kept, :]
         state.positions, state.latents = state.positions[:, :kept], state.latents[:, :kept]
+        if state.inputs is not None:
+            state.inputs = [torch.cat(state.inputs, 1)[:, :kept]]
         state.next_position = state.positions.amax(1) + 1
 
     def extend(
@@ -495,6 +553,7 @@ class Backbone:
             inputs=[] if keep_inputs else None,
             evicted=[0] * batch,
             woven=[0] * batch,
+            reused=[0] * batch,
         )
 
     def _advance(self, state: DecodeState, embeds: Tensor, real: Tensor | None, latents: Tensor | None) -> Tensor:

@@ -100,6 +100,7 @@ class Generation:
         finish_reason: "eos", "stop" (a stop string) or "length".
         positions_encoded: positions through the backbone: prompt + fed outputs + latents; more where the cache was
             dropped.
+        positions_reused: positions that were in the cache before this call, encoded for something else (`prefill=`).
         positions_woven: positions through further models of the memory source.
         positions_evicted: positions of the prompt whose keys and values were dropped.
         triggers: the injections, in order.
@@ -118,6 +119,7 @@ class Generation:
     text: str = ""
     finish_reason: Literal["eos", "stop", "length"] = "length"
     positions_encoded: int = 0
+    positions_reused: int = 0
     positions_woven: int = 0
     positions_evicted: int = 0
     triggers: list[Trigger] = field(default_factory=list)
@@ -174,7 +176,8 @@ def generate(
         seed: for sampling; row i draws from a stream of its own.
         keep_memories: keep what was written in `Generation.memories`.
         trace: record both entropies at every step even where the trigger does not need them.
-        prefill: encodes the prompts in the place of `Backbone.prefill` and returns a state with a row for each.
+        prefill: encodes the prompts in the place of `Backbone.prefill` and returns a state with a row for each. The
+            state may come from a fork and hold latents of earlier memories; it moves on in place.
         recorder: keeps what every memory attended to, says and changes (see `flashmem.trace`); implies `trace`.
 
     Returns:
@@ -193,7 +196,7 @@ def generate(
     loop = _Loop(backbone, prompts, generation_config, memory, config, samples, clock or NullClock(), seed, trace)
     loop.literal = sampling_logits == "pre"
     loop.streamer, loop.keep_memories, loop.recorder = streamer, keep_memories, recorder
-    loop.prefill = prefill or loop.prefill
+    loop.prefill, loop.continues = prefill or loop.prefill, prefill is not None
     if recorder is None:
         return loop.run()
     with recorder.watching(backbone, prompts, memory, config, sampling_logits):
@@ -230,6 +233,8 @@ class _Loop:
         self.running = [True] * len(prompts)
         self.streams = _streams(len(prompts), seed, backbone.device) if self.plan.do_sample else None
         self.literal, self.keep_memories, self.streamer = False, False, None
+        # Latents that were in the cache before this call; only a state that somebody else prepared has any.
+        self.continues, self.earlier = False, [0] * len(prompts)
         # Whether there is a next-token distribution before the next memory; without a prefill there is none.
         self.predicted = True
         self.divergences: list[tuple[list[bool], Tensor | None]] = []
@@ -245,6 +250,8 @@ class _Loop:
         try:
             with self.clock.phase("prefill"):
                 state = self._open()
+            if self.continues:
+                self.earlier = state.latents.sum(1).tolist()
             for index in range(self.plan.max_new_tokens):
                 tokens = self._decide_and_sample(state)
                 if not self._accept(tokens, state) or index + 1 == self.plan.max_new_tokens:
@@ -346,7 +353,7 @@ class _Loop:
         for row in [r for r, hit in enumerate(chosen) if hit]:
             result = self.results[row]
             # Counted on the host: reading the device's position here would cost a synchronisation.
-            position = result.prompt_tokens + result.output_tokens + result.latent_tokens
+            position = self.earlier[row] + result.prompt_tokens + result.output_tokens + result.latent_tokens
             output = outputs[row] if self.watch_output else None
             result.triggers.append(Trigger(result.output_tokens, position, entropies[row], output, latents.shape[1]))
             if self.keep_memories:
@@ -389,7 +396,7 @@ class _Loop:
             result.token_ids.append(token)
             # A row that waits for others is fed padding later on: its count is taken while it runs.
             result.positions_encoded, result.positions_woven = state.encoded[row], state.woven[row]
-            result.positions_evicted = state.evicted[row]
+            result.positions_reused, result.positions_evicted = state.reused[row], state.evicted[row]
             if self.trigger.kind == "delimiter":
                 self.tails[row] = self.backbone.tokenizer.decode([token])
             if token in self.plan.eos:

@@ -17,7 +17,9 @@ class Encoded(NamedTuple):
     second: int = 0
 
 
-def encoded(source: str | None, prompt: int, text: int, moments: Sequence[int], length: int) -> Encoded:
+def encoded(
+    source: str | None, prompt: int, text: int, moments: Sequence[int], length: int, reused: int = 0
+) -> Encoded:
     """Return the positions that one sample costs.
 
     Args:
@@ -27,9 +29,11 @@ def encoded(source: str | None, prompt: int, text: int, moments: Sequence[int], 
         text: N, the end token included.
         moments: t_1, t_2, ..., ascending, within the text that is fed.
         length: K.
+        reused: Positions of the prompt that were in the cache already. A weaver or an encoder of its own reads them all
+            the same.
     """
     m = len(moments) if source is not None else 0
-    plain = prompt + text - 1 + length * m
+    plain = prompt - reused + text - 1 + length * m
     # What stands before each memory: prompt, text so far, earlier latents.
     before = [prompt + t + length * i for i, t in enumerate(moments)]
     if source == "separate-encoder":
@@ -38,6 +42,7 @@ def encoded(source: str | None, prompt: int, text: int, moments: Sequence[int], 
         newest = before[-1] if before else 0
         return Encoded(plain, newest + length * m)
     if source == "weaver-recompute" and m:
+        # It drops the cache, so nothing can be reused.
         return Encoded(_recomputed(before, moments, text, length), sum(before) + length * m)
     return Encoded(plain)
 

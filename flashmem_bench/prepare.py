@@ -276,6 +276,9 @@ def _identity(
         truncate=request.truncate,
         skip_bad_rows=request.skip_bad_rows and context.suite.bad_rows > 0,
     )
+    if context.suite.prefix_field:
+        # Answers are the same up to rounding, but times are not.
+        identity["prefix_reuse"] = request.prefix_reuse
     if bank is not None:
         identity["bank"] = bank
     if spec.reference is not None:

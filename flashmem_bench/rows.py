@@ -94,6 +94,7 @@ def generation_columns(generation: Generation, sample: Sample, backbone: Backbon
         "output_tokens": generation.output_tokens,
         "latent_tokens": generation.latent_tokens,
         "positions_encoded": generation.positions_encoded,
+        "positions_reused": generation.positions_reused,
         "positions_woven": generation.positions_woven,
         "positions_evicted": generation.positions_evicted,
         "drawn_tokens": generation.drawn_tokens,

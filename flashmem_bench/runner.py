@@ -31,6 +31,7 @@ from flashmem_bench.equality import why_equal
 from flashmem_bench.prepare import Prepared, preflight, prepare
 from flashmem_bench.progress import Progress, Silent
 from flashmem_bench.registry import get_methods
+from flashmem_bench.reuse import PrefixKeeper
 from flashmem_bench.rows import (
     Prompt,
     generation_columns,
@@ -41,6 +42,7 @@ from flashmem_bench.rows import (
     text_record,
     timing_columns,
 )
+from flashmem_bench.selection import chosen, of_sessions
 from flashmem_bench.session import Request, Session
 from flashmem_bench.voting import curve
 from flashmem_bench.writer import RowWriter
@@ -180,10 +182,13 @@ class _CellLoop:
         self.session, self.prepared, self.cell = session, prepared, cell
         self.progress, self.stop = progress, stop
         self.samples = prepared.suite.samples(session.request.split)
-        self.total = min(session.request.limit or len(self.samples), len(self.samples))
+        self.chosen = chosen(session.request, self.samples.sessions(), prepared.suite.name)
+        self.total = len(self.chosen)
+        self._recorded = set(self.chosen)
         self.finished, self.attempt = 0, 0
         self._write_ms = 0.0
         self._writer: RowWriter
+        self._keeper: PrefixKeeper
 
     @property
     def backbone(self) -> Backbone:
@@ -192,6 +197,9 @@ class _CellLoop:
     def batches(self) -> Iterator[list[tuple[int, Sample]]]:
         """Yield the batches of the suite's order that hold a sample below the limit."""
         size = self.session.request.batch_size
+        if of_sessions(self.session.request):
+            yield from ([(index, self.samples[index])] for index in self.chosen)
+            return
         for start in range(0, self.total, size):
             stop = min(start + size, len(self.samples))
             yield [(index, self.samples[index]) for index in range(start, stop)]
@@ -200,6 +208,7 @@ class _CellLoop:
         """Generate, grade and store every pending batch."""
         method = self.prepared.spec.build(self.prepared.context)
         clock = clock_for(self.backbone.device.type)
+        self._keeper = PrefixKeeper(method, self.session.request)
         self._warm_up(method, pending[0][0][1])
         self.attempt = self.cell.begin_attempt(_environment(self.session))
         try:
@@ -239,10 +248,12 @@ class _CellLoop:
         samples = [sample for _, sample in group]
         prompts = [self._prompt(sample) for sample in samples]
         try:
+            before = self.samples[group[0][0] - 1] if group[0][0] else None
+            reuse = self._keeper.arguments(group, self._prompt, before)
             _reset_peak(self.backbone)
             clock.start()
             seed = sample_seed(self.prepared.context.seed, samples[0].sample_id)
-            generations: Sequence[Any] = method.generate([p.ids for p in prompts], samples, clock, seed)
+            generations: Sequence[Any] = method.generate([p.ids for p in prompts], samples, clock, seed, **reuse)
             error = None
         except Exception as problem:  # A sample that fails becomes a row; the run goes on.
             _log.debug("sample %s failed", samples[0].sample_id, exc_info=True)
@@ -257,7 +268,7 @@ class _CellLoop:
         spent = (time.perf_counter() - started) * 1e3
         outside = spent - (timing.e2e_ms or 0.0 if timing else 0.0)
         for row, text, sample in zip(rows, texts, samples, strict=True):
-            if sample.sample_id in done or row["index"] >= self.total:
+            if sample.sample_id in done or row["index"] not in self._recorded:
                 continue
             row.update(attempt=self.attempt, started_at=stamp, harness_ms=outside / len(group) + self._write_ms)
             self._store(row, text)
@@ -291,6 +302,7 @@ class _CellLoop:
             "threshold": prepared.context.threshold(sample.stratum) if "trigger" in prepared.spec.uses else None,
             "peak_alloc_bytes": _peak(self.backbone),
             "error": error,
+            **self._keeper.columns(sample, generation),
         }
         if generation is None:
             return sample_row(prepared.common, known, {"score_valid": False})
@@ -316,6 +328,7 @@ class _CellLoop:
             "errors": len(errors),
             "triggers": sum(row["triggers"] or 0 for row in rows),
             "why_equal": why_equal(self.session.store, self.cell, rows),
+            **({"why_not_reused": self._keeper.summary()} if self.prepared.suite.prefix_field else {}),
         }
 
 

@@ -19,6 +19,8 @@ class Sample:
         answer: The short right answer.
         stratum: The group that the sample is reported and, if the suite says so, calibrated with.
         cluster: What it shares with other samples, such as a document; None where it stands alone.
+        session_id: The session that it belongs to: samples that ask about one history, one after the other.
+        prefix: The text of that history, with which the prompt begins.
         moments: Texts of the target after which a memory is wanted; empty where that is not known.
     """
 
@@ -30,6 +32,8 @@ class Sample:
     doc: dict[str, Any]
     moments: tuple[str, ...] = ()
     cluster: str | None = None
+    session_id: str | None = None
+    prefix: str | None = None
 
 
 @dataclass(frozen=True)

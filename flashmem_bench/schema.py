@@ -77,10 +77,25 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
     _c("index", "int", "Position in the suite's fixed order; --limit N takes the indices below N."),
     _c("stratum", "string", "Group for which the suite reports separate scores (steps, links, length, task)."),
     _c("cluster", "string", "What the sample shares with others, such as a document; null where it stands alone."),
+    _c("session_id", "string", "Session of the sample: questions about one history; null where it has none."),
     _c("attempt", "int", "Which start of the command made this row; 1 is the first."),
     _c("started_at", "string", "UTC time at which the sample began, ISO 8601."),
     _c("prompt_sha", "string", "Hash of the prompt's token ids; equal hashes prove equal prompts."),
     _c("prompt_tokens", "int", "Tokens of the prompt, template included.", "tokens"),
+    _c(
+        "prefix_tokens",
+        "int",
+        "Tokens of the prompt that are proved to be its session's history; null without a session or a proof.",
+        "tokens",
+    ),
+    _c(
+        "prefix_reused",
+        "bool",
+        "The prompt went on from a kept history; false where the whole prompt was encoded, as by the first question "
+        "of a session; null without one.",
+        "",
+        "positions_reused > 0",
+    ),
     _c("prompt_truncated", "bool", "The prompt was cut by --truncate."),
     _c("output_tokens", "int", "Generated text tokens with EOS, latents never counted.", "tokens"),
     _c("latent_tokens", "int", "Latent positions injected into the cache.", "tokens"),
@@ -89,8 +104,14 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
         "int",
         "Positions that went through the backbone.",
         "tokens",
-        "prompt_tokens + output_tokens + latent_tokens, less a last token that needs no encoding; "
+        "prompt_tokens + output_tokens + latent_tokens - positions_reused, less a last token that needs no encoding; "
         "more where a method encodes them again",
+    ),
+    _c(
+        "positions_reused",
+        "int",
+        "Positions of the prompt that an earlier question of the session had encoded; 0 where nothing was reused.",
+        "tokens",
     ),
     _c(
         "positions_woven",

@@ -37,6 +37,9 @@ class Request:
         suites: Names of suites.
         methods: Names of methods.
         limit: The first so many samples of each suite; None = all.
+        limit_sessions: The samples of the first so many sessions; None = all.
+        questions_per_session: The first so many samples of each session; None = all.
+        prefix_reuse: Encode the history of a session once and fork it for each question.
         seed: Seed of sampling and of random controls.
         settings: Checked values of `--set`, dotted keys.
         placement: single, or auto to spread the backbone over the devices that there are.
@@ -51,6 +54,9 @@ class Request:
     methods: tuple[str, ...]
     model: str = BUNDLED
     limit: int | None = None
+    limit_sessions: int | None = None
+    questions_per_session: int | None = None
+    prefix_reuse: bool = True
     seed: int = 0
     batch_size: int = 1
     device: str = "auto"
@@ -74,6 +80,8 @@ class Request:
             raise UsageError(f"--limit must be 1 or more, not {self.limit}")
         if self.batch_size < 1:
             raise UsageError(f"--batch-size must be 1 or more, not {self.batch_size}")
+        if self.batch_size > 1 and (self.limit_sessions or self.questions_per_session):
+            raise UsageError("--limit-sessions and --questions-per-session need --batch-size 1")
         if self.truncate is not None and self.truncate not in TRUNCATIONS:
             raise UsageError(f"--truncate must be left or middle, not {self.truncate!r}")
         if self.placement not in PLACEMENTS:

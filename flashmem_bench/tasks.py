@@ -56,6 +56,10 @@ class SampleList(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._docs)
 
+    def sessions(self) -> list[str | None]:
+        """Return the session of each sample, without rendering any."""
+        return [self._suite.session_of(doc) for doc in self._docs]
+
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
@@ -88,6 +92,7 @@ class Suite:
         self.generation = _generation_args(task.config.generation_kwargs or {})
         self.primary_metric = _primary_metric(info, task)
         self.calibrate_by = info.metadata.get("calibrate_by")
+        self.prefix_field: str | None = info.metadata.get("prefix_field")
         self.strata: dict[str, list[str]] = dict(info.metadata.get("strata") or {})
         self.memory_defaults = {
             f"{part}.{key}": value
@@ -143,7 +148,13 @@ class Suite:
             doc=doc,
             moments=tuple(doc.get("moments") or ()) if own else (),
             cluster=str(doc["cluster"]) if own and doc.get("cluster") is not None else None,
+            session_id=self.session_of(doc),
+            prefix=str(doc[self.prefix_field]) if self.prefix_field and doc.get(self.prefix_field) else None,
         )
+
+    def session_of(self, doc: Doc) -> str | None:
+        """Return the session that a document belongs to; only a suite that names its `prefix_field` has any."""
+        return str(doc["session_id"]) if self.prefix_field and doc.get("session_id") is not None else None
 
     def grade(self, sample: Sample, text: str) -> Grade:
         """Grade a completion with the task's filters and metrics.
@@ -240,13 +251,22 @@ def load_suite(
         _refuse_other_kinds(name, content)
     elif not info.bundled and not trust_suite:
         _refuse_code(info.path, content)
-    if settings and info.kind != "generated":
-        raise UsageError(f"{info.name} is not a generated suite and has no data settings; leave them out")
+    _refuse_settings(info, settings or {})
     extra = {"data_dir": str(data_dir) if data_dir else None, "skip_bad_rows": skip_bad_rows, "seed": seed}
     own = {**extra, "settings": dict(settings or {})} if info.kind != "lm-eval" else None
     task = _load_task(info, own)
     _refuse_other_kinds(name, {"output_type": task.OUTPUT_TYPE})
     return Suite(info, task, _content_hash(info, content, task, seed, settings))
+
+
+def _refuse_settings(info: SuiteInfo, settings: Mapping[str, Any]) -> None:
+    """Refuse settings that a suite's rows do not depend on; a generator refuses its own."""
+    known = info.metadata.get("data_settings") or []
+    if info.kind == "generated" or set(settings) <= set(known):
+        return
+    odd = ", ".join(sorted(set(settings) - set(known)))
+    said = f"its data settings are {', '.join(known)}" if known else "it has no data settings"
+    raise UsageError(f"{info.name} is not a generated suite with a setting {odd}; {said}")
 
 
 def _refuse_other_kinds(name: str, content: Mapping[str, Any]) -> None:
@@ -381,6 +401,8 @@ def _content_hash(
     info: SuiteInfo, content: Mapping[str, Any], task: Any, seed: int, settings: Mapping[str, Any] | None
 ) -> str:
     """Hash what can change a prompt or a grade: file, score, rows or their generator, versions."""
+    from flashmem_bench.generators import GENERATORS
+
     spoken = {key: value for key, value in content.items() if key != "metadata"}
     parts: dict[str, Any] = {
         "file": spoken,
@@ -388,7 +410,7 @@ def _content_hash(
         "version": task.VERSION,
         "lm_eval": ".".join(version("lm-eval").split(".")[:2]),
     }
-    if info.kind == "generated":
+    if info.kind == "generated" and info.metadata["alias"] in GENERATORS:
         parts |= {"generator": _generator_code(info), "seed": seed, "settings": dict(settings or {})}
     else:
         parts["rows"] = _rows_hash(task.eval_docs)

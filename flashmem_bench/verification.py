@@ -7,7 +7,7 @@ formulas of the schema; and the tables on disk equal those that are made again f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +68,7 @@ def cell_problems(cell: CellStore) -> Iterator[Problem]:
         yield Problem(name, f"its identity hashes to {cell_id(identity)}")
     texts = cell.texts()
     names: set[str] = set()
+    yield from (Problem(f"{name} {sample}", what) for sample, what in session_problems(cell.rows()))
     for row in cell.rows():
         where = f"{name} {row.get('sample_id')}"
         if row.get("sample_id") in names:
@@ -92,8 +93,38 @@ def row_problems(row: dict[str, Any], text: dict[str, Any] | None = None) -> Ite
             yield f"{name} is {value}"
     if text is not None and row.get("triggers") is not None and len(text.get("triggers") or ()) != row["triggers"]:
         yield f"triggers is {row['triggers']} and the text has {len(text.get('triggers') or ())}"
+    yield from _reuse_problems(row)
     if row.get("truncated") is not None and row["truncated"] != (row.get("finish_reason") == "length"):
         yield f"truncated is {row['truncated']} and finish_reason {row.get('finish_reason')!r}"
+
+
+def _reuse_problems(row: dict[str, Any]) -> Iterator[str]:
+    """Where the positions of a prompt that went on from a kept history do not add up."""
+    reused = row.get("positions_reused")
+    if row.get("prefix_reused") is None or reused is None:
+        return
+    if row["prefix_reused"] != (reused > 0):
+        yield f"prefix_reused is {row['prefix_reused']} and positions_reused {reused}"
+    if reused > (row.get("prefix_tokens") or 0):
+        yield f"positions_reused is {reused}, more than the {row.get('prefix_tokens')} tokens of the history"
+    if row["prefix_reused"] and row.get("drawn_tokens") is None:
+        # The last token of an answer is never fed.
+        whole = row["prompt_tokens"] + row["output_tokens"] - 1 + row["latent_tokens"]
+        if row["positions_encoded"] + reused != whole:
+            yield f"positions_encoded is {row['positions_encoded']}, its formula gives {whole - reused}"
+
+
+def session_problems(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Rows that reuse what no earlier row of their session had encoded: (sample id, what)."""
+    there: dict[str, int] = {}
+    for row in sorted(rows, key=lambda row: row.get("index") or 0):
+        session, prefix = row.get("session_id"), row.get("prefix_tokens")
+        # An earlier question whose attempt failed left no row that could say what it encoded.
+        if session is None or prefix is None or row.get("error"):
+            continue
+        if session in there and (row.get("positions_reused") or 0) > there[session]:
+            yield row["sample_id"], f"positions_reused is {row['positions_reused']}, {there[session]} had been encoded"
+        there[session] = max(prefix, there.get(session, 0))
 
 
 def _derived(row: dict[str, Any]) -> dict[str, float]:

@@ -27,6 +27,16 @@ Suites = Annotated[list[str] | None, _option("--suite", "-s", help="Suite; repea
 Methods = Annotated[list[str] | None, _option("--method", "-m", help="Method; repeat or use commas.", metavar="NAME")]
 Model = Annotated[str, _option("--model", help="flashmem-tiny (bundled, default), a folder, or a hub id.", metavar="M")]
 Limit = Annotated[str | None, _option("--limit", "-n", help="First N samples; a larger N extends a cell.", metavar="N")]
+LimitSessions = Annotated[
+    str | None, _option("--limit-sessions", help="Samples of the first N sessions.", metavar="N", panel=_RUNNING)
+]
+QuestionsPerSession = Annotated[
+    str | None,
+    _option("--questions-per-session", help="First N samples of each session.", metavar="N", panel=_RUNNING),
+]
+NoPrefixReuse = Annotated[
+    bool, _option("--no-prefix-reuse", help="Encode the history of a session for every question.", panel=_RUNNING)
+]
 Seed = Annotated[str, _option("--seed", help="Seed of sampling and random controls (0).", metavar="S", panel=_RUNNING)]
 BatchSize = Annotated[str, _option("--batch-size", help="Samples at once (1).", metavar="B", panel=_RUNNING)]
 Device = Annotated[str, _option("--device", help="auto, cpu, cuda, cuda:1, mps.", metavar="D", panel=_RUNNING)]

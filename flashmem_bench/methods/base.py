@@ -105,6 +105,8 @@ class Method(Protocol):
         """Samples with different keys cannot share a batch."""
         ...
 
+    # A method with `reuses_prefix` takes `prefill=` besides, which stands for the backbone's own.
+
 
 @dataclass(frozen=True)
 class MethodSpec:

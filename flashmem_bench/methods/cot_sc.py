@@ -7,7 +7,7 @@ those of the whole set, and so are `positions_encoded` and `drawn_tokens`; `outp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,8 @@ _WARM_UP_TOKENS = 16
 class SelfConsistency:
     """Samples several answers a prompt and returns the one that wins."""
 
+    reuses_prefix = True
+
     def __init__(self, context: BuildContext):
         self.context, self.backbone = context, context.backbone
         self.draws = context.settings.vote.draws
@@ -41,20 +43,31 @@ class SelfConsistency:
         self._draw(prompt, None, 0, _WARM_UP_TOKENS)
 
     def generate(
-        self, prompts: Sequence[list[int]], samples: Sequence[Sample], clock: HostClock | None, seed: int
+        self,
+        prompts: Sequence[list[int]],
+        samples: Sequence[Sample],
+        clock: HostClock | None,
+        seed: int,
+        prefill: Callable[[list[list[int]]], DecodeState] | None = None,
     ) -> list[Generation]:
         """Answer one prompt after the other; see `Method.generate`."""
-        return [self._vote(self._draw(p, clock, seed), s) for p, s in zip(prompts, samples, strict=True)]
+        drawn = [self._draw(prompt, clock, seed, prefill=prefill) for prompt in prompts]
+        return [self._vote(answers, sample) for answers, sample in zip(drawn, samples, strict=True)]
 
     def _draw(
-        self, prompt: list[int], clock: HostClock | None, seed: int, budget: int | None = None
+        self,
+        prompt: list[int],
+        clock: HostClock | None,
+        seed: int,
+        budget: int | None = None,
+        prefill: Callable[[list[list[int]]], DecodeState] | None = None,
     ) -> list[Generation]:
         from transformers import GenerationConfig
 
         from flashmem.generation import generate
 
         def shared(prompts: list[list[int]]) -> DecodeState:
-            state = self.backbone.prefill(prompts[:1])
+            state = (prefill or self.backbone.prefill)(prompts[:1])
             self.backbone.repeat(state, self.draws)
             return state
 
@@ -76,6 +89,7 @@ class SelfConsistency:
             candidates=[answer.text for answer in drawn],
             drawn_tokens=sum(answer.output_tokens for answer in drawn),
             positions_encoded=sum(answer.positions_encoded for answer in drawn),
+            positions_reused=sum(answer.positions_reused for answer in drawn),
         )
 
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 class EvictingMethod(LatentMethod):
     """Plain decoding after one eviction; batches are of one sample, since left padding would be scored too."""
 
+    # What is evicted depends on the whole prompt, the question included.
+    reuses_prefix = False
+
     def __init__(self, context: BuildContext, policy: str):
         from flashmem.eviction import EvictionConfig
 

@@ -15,6 +15,7 @@ from flashmem_bench.errors import BenchError
 from flashmem_bench.methods.base import BuildContext
 
 if TYPE_CHECKING:
+    from flashmem.backbone import DecodeState
     from flashmem.generation import Generation
     from flashmem.memory import MemorySource
     from flashmem.trace import TraceRecorder
@@ -50,6 +51,11 @@ class LatentMethod:
         self._generation_config = GenerationConfig(**context.generation)
         context.backbone.monitor = monitor_config(context)
 
+    @property
+    def reuses_prefix(self) -> bool:
+        """Whether an answer may go on from a cache that holds the beginning of the prompt."""
+        return self.memory is None or not self.memory.drops_cache
+
     def batch_key(self, sample: Sample) -> object:
         """Return the trigger: the library runs a batch under one."""
         return self._trigger_for(sample)
@@ -72,6 +78,7 @@ class LatentMethod:
         seed: int,
         keep_memories: bool = False,
         recorder: TraceRecorder | None = None,
+        prefill: Callable[[list[list[int]]], DecodeState] | None = None,
     ) -> list[Generation]:
         """Answer a batch whose samples have the same `batch_key`."""
         from flashmem.generation import generate
@@ -89,6 +96,7 @@ class LatentMethod:
             samples=[SampleContext(sample.sample_id, sample.answer) for sample in samples],
             keep_memories=keep_memories,
             recorder=recorder,
+            prefill=prefill,
         )
 
     def _trigger(self, sample: Sample) -> TriggerConfig:

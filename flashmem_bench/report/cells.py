@@ -30,7 +30,7 @@ PLACEBOS = (
 CONDITIONS = ("model", "device", "dtype", "batch_size", "exec")
 _SHOWN_LETTERS = 16
 # Parts of an identity that decide what was asked and how much could be answered.
-_SAME_QUESTION = ("suite_hash", "split", "template", "truncate", "attention", "generation.")
+_SAME_QUESTION = ("suite_hash", "split", "template", "truncate", "attention", "generation.", "prefix_reuse")
 
 
 @dataclass(frozen=True)

@@ -1,37 +1,76 @@
-"""The bAbI tasks: questions about short stories."""
+"""The bAbI tasks: questions about short stories, one by one or story by story."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from flashmem_bench.data import Doc, Splits, SuiteFiles, text_field
 from flashmem_bench.hub import hub_rows
 
+_SPLITS = ("test", "train", "calibration")
+
+
+Stories = dict[str, list[list[Doc]]]
+
 
 def babi(*, held_out: float, data_dir=None, skip_bad_rows: bool = False, **_: Any) -> Splits:
     """The bAbI tasks from `babi/en_{train,test}.jsonl[.gz]` or `facebook/babi_qa`, one document a question."""
+    return _splits("babi", _round_robin, held_out, data_dir, skip_bad_rows)
+
+
+def babi_session(*, held_out: float, data_dir=None, skip_bad_rows: bool = False, **_: Any) -> Splits:
+    """The stories of bAbI with more than one question, as sessions; see `babi` for the data.
+
+    In most tasks statements come between the questions. What stands before a question is its history, so the history of
+    a story grows from question to question and each begins with the one before it.
+    """
+    return _splits("babi-session", _story_by_story, held_out, data_dir, skip_bad_rows)
+
+
+def questions_by_task(held_out: float, data_dir=None, skip_bad_rows: bool = False) -> Callable[[str], Mapping]:
+    """Return a function from a split (test, calibration or validation) to its questions by task."""
+    read = _reader(held_out, data_dir, skip_bad_rows)[0]
+
+    @cache
+    def by_task(split: str) -> dict[str, list[Doc]]:
+        return {task: list(itertools.chain.from_iterable(stories)) for task, stories in read(split).items()}
+
+    return by_task
+
+
+def _reader(held_out: float, data_dir, skip_bad_rows: bool) -> tuple[Callable[[str], Stories], SuiteFiles]:
+    """Return a function from a split to its stories by task, and the files behind it."""
     files = SuiteFiles(
         "babi", {"train": "en_train", "test": "en_test"}, _babi_story, _babi_from_hub, data_dir, skip_bad_rows
     )
 
-    def stories(name: str) -> dict[str, list[list[Doc]]]:
-        return _stories_by_task(files.rows(name))
+    def read(split: str) -> Stories:
+        if split == "test":
+            return _stories_by_task(files.rows("test"))
+        found = {}
+        for task, stories in _stories_by_task(files.rows("train")).items():
+            cut = len(stories) - round(len(stories) * held_out)
+            found[task] = stories[:cut] if split == "train" else stories[cut:]
+        return found
 
-    def part(name: str, keep: Callable[[list[list[Doc]]], list[list[Doc]]]) -> list[Doc]:
-        return _round_robin({task: keep(of_task) for task, of_task in stories(name).items()})
+    return read, files
 
-    def cut(of_task: list) -> int:
-        return len(of_task) - round(len(of_task) * held_out)
 
-    loaders: dict[str, Callable[[], list[Doc]]] = {
-        "test": lambda: part("test", lambda of_task: of_task),
-        "train": lambda: part("train", lambda of_task: of_task[: cut(of_task)]),
-        "calibration": lambda: part("train", lambda of_task: of_task[cut(of_task) :]),
-    }
+def _splits(
+    suite: str, order: Callable[[Stories], list[Doc]], held_out: float, data_dir, skip_bad_rows: bool
+) -> Splits:
+    read, files = _reader(held_out, data_dir, skip_bad_rows)
+    loaders = {split: _later(lambda split: order(read(split)), split) for split in _SPLITS}
+    # The same rows, and the same object, so that nobody looks for a difference.
     loaders["validation"] = loaders["calibration"]
-    return Splits("babi", loaders, lambda: files.bad_rows)
+    return Splits(suite, loaders, lambda: files.bad_rows)
+
+
+def _later(function: Callable[[str], list[Doc]], argument: str) -> Callable[[], list[Doc]]:
+    return lambda: function(argument)
 
 
 def _babi_story(row: Doc) -> Doc:
@@ -90,6 +129,17 @@ def _questions(story: Doc, story_number: int) -> list[Doc]:
             }
         )
     return questions
+
+
+def _story_by_story(by_task: Stories) -> list[Doc]:
+    """Take one story of each task in turn, all its questions, where it has several."""
+    several = [[story for story in stories if len(story) > 1] for stories in by_task.values()]
+    rounds = itertools.zip_longest(*several)
+    docs = [doc for round_ in rounds for story in round_ if story is not None for doc in story]
+    return [
+        {**doc, "session_id": doc["cluster"], "history": "".join(f"{line}\n" for line in doc["context"])}
+        for doc in docs
+    ]
 
 
 def _round_robin(by_task: Mapping[str, list[list[Doc]]]) -> list[Doc]:

@@ -1,0 +1,44 @@
+"""Which samples of a suite a run takes: the first so many, of the first so many sessions, so many of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from flashmem_bench.errors import UsageError
+
+if TYPE_CHECKING:
+    from flashmem_bench.session import Request
+
+
+def of_sessions(request: Request) -> bool:
+    """Return whether a request counts sessions or their questions."""
+    return request.limit_sessions is not None or request.questions_per_session is not None
+
+
+def chosen(request: Request, sessions: Sequence[str | None], suite: str) -> list[int]:
+    """Return the indices of the samples that a request wants, in the suite's order.
+
+    Args:
+        request: `limit`, `limit_sessions` and `questions_per_session`; a sample must be within all that are set.
+        sessions: The session of each sample of the suite.
+        suite: Its name, for the message.
+
+    Raises:
+        UsageError: Sessions are counted and the suite has none.
+    """
+    total = min(request.limit or len(sessions), len(sessions))
+    if not of_sessions(request):
+        return list(range(total))
+    if any(session is None for session in sessions):
+        raise UsageError(
+            f"{suite} has no sessions, so --limit-sessions and --questions-per-session mean nothing there; use --limit"
+        )
+    asked: dict[str | None, int] = {}
+    indices = []
+    for index, session in enumerate(sessions[:total]):
+        asked[session] = asked.get(session, 0) + 1
+        few = request.limit_sessions is None or len(asked) <= request.limit_sessions
+        if few and asked[session] <= (request.questions_per_session or total):
+            indices.append(index)
+    return indices
