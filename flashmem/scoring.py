@@ -1,9 +1,9 @@
 """Log-likelihoods of given continuations behind one prompt, with a memory at its end where the trigger says so.
 
-The prompt goes through the backbone once. At its end, and nowhere else, the trigger decides, as it does before the first
-token of a generated answer; what it writes stands between the prompt and every continuation. The continuations then
-share that state: a few at a time where copies of the cache are small, else one after the other on the one cache, which
-forgets each before the next. The first token of a continuation costs nothing, and its last one is never encoded.
+The prompt goes through the backbone once. At its end, and nowhere else, the trigger decides, as it does before the
+first token of a generated answer; what it writes stands between the prompt and every continuation. The continuations
+then share that state: a few at a time where copies of the cache are small, else one after the other on the one cache,
+which forgets each before the next. The first token of a continuation costs nothing, and its last is never encoded.
 
 Sums are those of a full pass over [prompt, latents, continuation]. Nothing is sampled.
 """

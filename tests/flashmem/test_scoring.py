@@ -14,7 +14,7 @@ AT_END = TriggerConfig(kind="prompt-end")
 
 
 def _full_pass(family: str, backbone: Backbone, prompt: list[int], latents: torch.Tensor | None, rest: list[int]):
-    """Sum of the log-probabilities of `rest`, and whether it is greedy, from one pass of transformers over embeddings."""
+    """Sum of the log-probabilities of `rest`, and whether it is greedy, from one pass of transformers."""
     model = reference_model(family, "eager" if family == "gemma2" else "sdpa")
     with torch.inference_mode():
         parts = [backbone.embed(torch.tensor([prompt]))]
