@@ -93,15 +93,11 @@ class Suite:
         self.num_fewshot = task.config.num_fewshot or 0
         self.given_answers = task.OUTPUT_TYPE in given.CHOICE_KINDS
         wanted = task.config.generation_kwargs or {}
-        self.generation = GenerationArgs(1, ()) if self.given_answers else _generation_args(wanted)
+        self.generation = GenerationArgs(1, ()) if self.given_answers else generation_args(wanted)
         self.primary_metric = _primary_metric(info, task)
         self.calibrate_by = info.metadata.get("calibrate_by")
         self.strata: dict[str, list[str]] = dict(info.metadata.get("strata") or {})
-        self.memory_defaults = {
-            f"{part}.{key}": value
-            for part in ("memory", "trigger")
-            for key, value in (info.metadata.get(part) or {}).items()
-        }
+        self.memory_defaults = memory_defaults(info.metadata)
         self._lists: dict[str, SampleList] = {}
 
     @property
@@ -236,6 +232,12 @@ class Suite:
         if self.given_answers:
             return given.right_choice(target, given.choices_of(self._task, doc))
         return _first(target)
+
+
+def memory_defaults(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a suite's `metadata.flashmem` asks for, as dotted `--set` keys."""
+    parts = ((part, metadata.get(part) or {}) for part in ("memory", "trigger"))
+    return {f"{part}.{key}": value for part, values in parts for key, value in values.items()}
 
 
 def load_suite(
@@ -438,7 +440,8 @@ def _part(docs: list[Doc], split: str) -> list[Doc]:
     return docs[:cut] if split == "train" else docs[cut:]
 
 
-def _generation_args(given: Mapping[str, Any]) -> GenerationArgs:
+def generation_args(given: Mapping[str, Any]) -> GenerationArgs:
+    """Return the generation arguments of a task as the harness uses them."""
     budget = next(
         (given[key] for key in ("max_gen_toks", "max_new_tokens", "max_tokens") if given.get(key)),
         _DEFAULT_NEW_TOKENS,
