@@ -132,10 +132,10 @@ class Suite:
         """
         try:
             return self._rendered(doc, split, index, rng)
+        except BenchError:
+            raise
         except Exception as error:
-            why = _template_failure(error)
-            if why is None:
-                raise
+            why = _template_failure(error) or f"{type(error).__name__}: {error}"
             raise DataError(
                 f"a template of {self.info.path} fails on row {index + 1} of {split}: {why}; mend the suite file"
             ) from error
@@ -185,7 +185,8 @@ class Suite:
                 f"the primary metric {self.primary_metric!r} of {self.name} is none of its metrics: {known}"
             )
         score = metrics[self.primary_metric]
-        return Grade(score, "no_answer" if extracted is None else "ok", metrics, extracted)
+        missing = extracted is None and not self.given_answers
+        return Grade(score, "no_answer" if missing else "ok", metrics, extracted)
 
     def _metrics(self, sample: Sample, text: str) -> tuple[str | None, dict[str, float]]:
         """Return what the primary metric's filter extracted and every metric under every filter."""
