@@ -37,6 +37,8 @@ _HOMES = {
     "Generation": "generation",
     "Trigger": "generation",
     "generate": "generation",
+    "Scores": "scoring",
+    "score": "scoring",
     "Session": "session",
     "TraceRecorder": "trace",
     "Threshold": "calibration",

@@ -97,7 +97,8 @@ class Generation:
     Attributes:
         token_ids: text tokens with the EOS, never latents.
         text: decoded, special tokens left out, cut before the first stop string.
-        finish_reason: "eos", "stop" (a stop string) or "length".
+        finish_reason: "eos", "stop" (a stop string) or "length"; "scored" where given answers were judged and nothing
+            was generated (see `flashmem.scoring`).
         positions_encoded: positions through the backbone: prompt + fed outputs + latents; more where the cache was
             dropped.
         positions_reused: positions that were in the cache before this call, encoded for something else (`prefill=`).
@@ -117,7 +118,7 @@ class Generation:
     prompt_tokens: int
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
-    finish_reason: Literal["eos", "stop", "length"] = "length"
+    finish_reason: Literal["eos", "stop", "length", "scored"] = "length"
     positions_encoded: int = 0
     positions_reused: int = 0
     positions_woven: int = 0

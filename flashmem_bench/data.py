@@ -151,11 +151,11 @@ class SuiteFiles:
                 self.bad_rows += 1
 
 
-def suite_folder(suite: str, data_dir: str | Path | None) -> Path | None:
-    """Return `<data folder>/<suite>`, or None where no folder is set or it does not hold the suite.
+def data_root(data_dir: str | Path | None) -> Path | None:
+    """Return the data folder that is set, by option or environment; None where none is.
 
     Raises:
-        DataError: The data folder itself does not exist.
+        DataError: It does not exist.
     """
     chosen = data_dir or os.environ.get("FLASHMEM_DATA")
     if not chosen:
@@ -164,7 +164,17 @@ def suite_folder(suite: str, data_dir: str | Path | None) -> Path | None:
     if not root.is_dir():
         origin = "--data-dir" if data_dir else "FLASHMEM_DATA"
         raise DataError(f"the data folder {root} does not exist; check {origin}")
-    return root / suite if (root / suite).is_dir() else None
+    return root
+
+
+def suite_folder(suite: str, data_dir: str | Path | None) -> Path | None:
+    """Return `<data folder>/<suite>`, or None where no folder is set or it does not hold the suite.
+
+    Raises:
+        DataError: The data folder itself does not exist.
+    """
+    root = data_root(data_dir)
+    return root / suite if root is not None and (root / suite).is_dir() else None
 
 
 def find_file(folder: Path, stem: str) -> Path:

@@ -356,6 +356,7 @@ def _scores(
     memory: MemorySource | None,
     on_done: Callable[[int], None],
 ) -> list[float]:
+    from flashmem_bench.likelihood import answering
     from flashmem_bench.methods.latent import LatentMethod, trigger_config
     from flashmem_bench.methods.lora_sft import merged
 
@@ -364,7 +365,8 @@ def _scores(
     context = BuildContext(session.backbone, suite, settings, generation_arguments(session.backbone, suite, settings))
     trigger = trigger_config(context, kind="prompt-end")
     lora = memory is not None and memory.config.source == "lora"
-    method = merged(context, memory) if lora else LatentMethod(context, memory, lambda sample: trigger)
+    latent = merged(context, memory) if lora else LatentMethod(context, memory, lambda sample: trigger)
+    method = answering(latent, suite)
     scores: list[float] = []
     for start in range(0, len(samples), _VALIDATION_BATCH):
         batch = samples[start : start + _VALIDATION_BATCH]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from flashmem_bench.banks import bank_hash, find_or_make_bank
 from flashmem_bench.checkpoints import UNTRAINED, Checkpoint, find_checkpoint
 from flashmem_bench.errors import MissingCheckpointError
+from flashmem_bench.likelihood import cannot_score
 from flashmem_bench.methods.base import BuildContext, MethodSpec, ReferenceSample
 from flashmem_bench.models import model_key
 from flashmem_bench.registry import get_method
@@ -22,7 +23,7 @@ from flashmem_bench.schema import SCHEMA_VERSION
 from flashmem_bench.session import Session, generation_arguments
 from flashmem_bench.settings import Settings, resolve
 from flashmem_bench.store import cell_id
-from flashmem_bench.suites import find_suite
+from flashmem_bench.suites import find_suite, judges_given_answers
 from flashmem_bench.thresholds import (
     FoundThresholds,
     calibrate_suite,
@@ -128,7 +129,7 @@ def preflight(session: Session, suites: Sequence[str], specs: Sequence[MethodSpe
     """Find what would stop the grid before anything heavy is loaded; returns what the user should know.
 
     Raises:
-        UsageError: A setting that none of the methods takes.
+        UsageError: A setting that none of the methods takes, or a method that cannot judge a suite's given answers.
         MissingCheckpointError: A memory or a threshold that is not there.
     """
     request, notes = session.request, []
@@ -139,7 +140,10 @@ def preflight(session: Session, suites: Sequence[str], specs: Sequence[MethodSpe
         ]
         notes += [f"{spec.name} keeps {text}, which defines it" for text in kept]
         for name in suites:
-            suite = find_suite(name).name
+            info = find_suite(name)
+            suite = info.name
+            if not spec.judges and judges_given_answers(info):
+                raise cannot_score(spec.name, suite)
             _checkpoint(session, spec, suite)
             kind = spec.threshold_kind(settings)
             if kind is not None and not request.calibrate_missing:

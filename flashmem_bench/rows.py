@@ -53,7 +53,11 @@ def make_prompt(backbone: Backbone, text: str, truncate: str | None, budget: int
         truncate: `left` drops the beginning, `middle` the middle; None cuts nothing.
         budget: New tokens that must fit behind the prompt.
     """
-    ids = backbone.encode_chat(text)
+    return fit_prompt(backbone, backbone.encode_chat(text), truncate, budget)
+
+
+def fit_prompt(backbone: Backbone, ids: list[int], truncate: str | None, budget: int) -> Prompt:
+    """Return a prompt that is encoded already, cut as `make_prompt` says."""
     room = max(1, backbone.max_positions - budget)
     cut = truncate is not None and len(ids) > room
     if cut and truncate == "left":

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from flashmem.errors import FlashMemError
 from flashmem_bench.clock import HostClock, clock_for
 from flashmem_bench.equality import why_equal
+from flashmem_bench.likelihood import answering, room_for
 from flashmem_bench.prepare import Prepared, preflight, prepare
 from flashmem_bench.progress import Progress, Silent
 from flashmem_bench.registry import get_methods
@@ -206,7 +207,7 @@ class _CellLoop:
 
     def run(self, pending: Sequence[list[tuple[int, Sample]]], done: set[str]) -> None:
         """Generate, grade and store every pending batch."""
-        method = self.prepared.spec.build(self.prepared.context)
+        method = answering(self.prepared.spec.build(self.prepared.context), self.prepared.suite)
         clock = clock_for(self.backbone.device.type)
         self._keeper = PrefixKeeper(method, self.session.request)
         self._warm_up(method, pending[0][0][1])
@@ -233,7 +234,8 @@ class _CellLoop:
 
     def _prompt(self, sample: Sample) -> Prompt:
         """Encode a prompt; the methods of a grid share the short ones."""
-        budget, truncate = self.prepared.context.generation["max_new_tokens"], self.session.request.truncate
+        truncate = self.session.request.truncate
+        budget = room_for(self.prepared, sample, truncate)
         key = (self.prepared.suite.name, sample.sample_id, truncate, budget)
         prompt = self.session.prompts.get(key)
         if prompt is None:

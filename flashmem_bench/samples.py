@@ -5,6 +5,7 @@ Plain data without lm-eval, so that a method or a test can make them by hand.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ class Sample:
         session_id: The session that it belongs to: samples that ask about one history, one after the other.
         prefix: The text of that history, with which the prompt begins.
         moments: Texts of the target after which a memory is wanted; empty where that is not known.
+        choices: The given answers whose likelihoods are compared; empty where an answer is generated.
+        contexts: The user message of each choice, where the choices differ in what precedes one ending.
     """
 
     sample_id: str
@@ -34,6 +37,8 @@ class Sample:
     cluster: str | None = None
     session_id: str | None = None
     prefix: str | None = None
+    choices: tuple[str, ...] = ()
+    contexts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,3 +64,33 @@ class GenerationArgs:
     stop: tuple[str, ...]
     temperature: float = 0.0
     top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """What stands in the place of a completion where given answers are judged.
+
+    Attributes:
+        values: Log-likelihood of each request of a sample, in nats, in the suite's order.
+        greedy: Whether each is what greedy decoding would have written.
+    """
+
+    values: tuple[float, ...]
+    greedy: tuple[bool, ...]
+
+    def to_text(self) -> str:
+        """Return one line that `from_text` reads back without loss, so that stored texts can be graded again."""
+        return json.dumps({"log_likelihoods": self.values, "greedy": self.greedy})
+
+    @classmethod
+    def from_text(cls, text: str) -> Likelihoods:
+        """Read what `to_text` wrote.
+
+        Raises:
+            ValueError: The text is something else.
+        """
+        try:
+            found = json.loads(text)
+            return cls(tuple(map(float, found["log_likelihoods"])), tuple(map(bool, found["greedy"])))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a line of log-likelihoods: {text[:60]!r}") from error

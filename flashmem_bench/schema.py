@@ -157,7 +157,7 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
         "nats",
         "sum(p * log(p / q)), p before the memory, q behind it",
     ),
-    _c("finish_reason", "string", "eos, stop or length."),
+    _c("finish_reason", "string", "eos, stop or length; scored where given answers were judged, nothing generated."),
     _c("truncated", "bool", "The answer was cut at the token budget.", "", "finish_reason == 'length'"),
     _c(
         "parse_status",
@@ -165,7 +165,7 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
         "ok, no_answer, timeout or error, from the grader; after a timeout of the grader itself the score is null, "
         "after one of the model's program it is 0.",
     ),
-    _c("answer_extracted", "string", "The answer that the grader found in the text."),
+    _c("answer_extracted", "string", "The answer that the grader found in the text, or the likeliest given one."),
     _c("grader", "string", "Name and version of what graded the answer; null in rows of earlier versions."),
     _c("score", "float", "The suite's primary metric for this sample."),
     _c(

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import yaml
 
+from flashmem_bench.choices import CHOICE_KINDS, GENERATED
 from flashmem_bench.errors import DataError, UnknownNameError, UsageError
 
 LM_EVAL_PREFIX = "lm-eval/"
@@ -106,6 +107,11 @@ def read_suite_file(path: Path) -> dict[str, Any]:
         DataError: It, or a file that it includes, is missing, is not YAML or is not a mapping.
     """
     return _merged(path.resolve(), ())
+
+
+def judges_given_answers(info: SuiteInfo) -> bool:
+    """Return whether a suite compares the likelihoods of given answers instead of generating one."""
+    return read_suite_file(info.path).get("output_type", GENERATED) in CHOICE_KINDS
 
 
 def _merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:

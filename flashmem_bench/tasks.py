@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import logging
 import random
@@ -23,11 +24,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from flashmem_bench import choices as given
 from flashmem_bench.data import Doc
 from flashmem_bench.errors import BenchError, DataError, UsageError
+from flashmem_bench.grading import named
 from flashmem_bench.grading.hooks import NO_ANSWER
 from flashmem_bench.grading.outcome import GradeTimeout
-from flashmem_bench.samples import GenerationArgs, Grade, Sample
+from flashmem_bench.samples import GenerationArgs, Grade, Likelihoods, Sample
+from flashmem_bench.sources import local
 from flashmem_bench.suites import SuiteInfo, find_suite, function_names, read_suite_file
 
 __all__ = ["GenerationArgs", "Grade", "Sample", "SampleList", "Suite", "load_suite"]
@@ -38,6 +42,8 @@ _FEWSHOT_SEED = 1234
 _DEFAULT_NEW_TOKENS = 256
 # A task without a calibration split lends the end of its training split.
 _BORROWED_SHARE = 0.05
+# Of the names under which `datasets` reads files, those that hold data and nothing that could run.
+_PLAIN_BUILDERS = {"arrow", "csv", "json", "parquet", "text"}
 _SPLITS = ("test", "calibration", "validation", "train")
 
 
@@ -79,7 +85,8 @@ class Suite:
     Attributes:
         content_hash: 16 hex digits of everything in the suite that can change a prompt or a grade.
         primary_metric: The metric that is the score, named `<metric>,<filter>` as lm-eval does.
-        generation: How completions are to be generated.
+        generation: How completions are to be generated; one token where given answers are judged.
+        given_answers: The likelihoods of given answers are compared and nothing is generated.
         memory_defaults: The suite's own settings as dotted `--set` keys.
         calibrate_by: `stratum` where each stratum has its own threshold.
         strata: What strata are for: `known` (near 100 % for the bundled backbone), `open`, `chance`.
@@ -89,16 +96,14 @@ class Suite:
         self.name, self.info, self.content_hash = info.name, info, content_hash
         self._task = task
         self.num_fewshot = task.config.num_fewshot or 0
-        self.generation = _generation_args(task.config.generation_kwargs or {})
+        self.given_answers = task.OUTPUT_TYPE in given.CHOICE_KINDS
+        wanted = task.config.generation_kwargs or {}
+        self.generation = GenerationArgs(1, ()) if self.given_answers else generation_args(wanted)
         self.primary_metric = _primary_metric(info, task)
         self.calibrate_by = info.metadata.get("calibrate_by")
         self.prefix_field: str | None = info.metadata.get("prefix_field")
         self.strata: dict[str, list[str]] = dict(info.metadata.get("strata") or {})
-        self.memory_defaults = {
-            f"{part}.{key}": value
-            for part in ("memory", "trigger")
-            for key, value in (info.metadata.get(part) or {}).items()
-        }
+        self.memory_defaults = memory_defaults(info.metadata)
         self._lists: dict[str, SampleList] = {}
 
     @property
@@ -109,7 +114,9 @@ class Suite:
     @property
     def grader(self) -> str:
         """Name and version of what grades: the suite's own grader with its package, else lm-eval."""
-        own, package = self.info.metadata.get("grader"), self.info.metadata.get("grader_package")
+        own, package = self.info.metadata.get("graded_by"), self.info.metadata.get("grader_package")
+        if own is None and "grader" in self.info.metadata:
+            own, package = named.version_of(str(self.info.metadata["grader"]))
         versions = [f"{name} {version(name)}" for name in (package, None if own else "lm-eval") if name]
         return " / ".join([*versions, *([str(own)] if own else [])])
 
@@ -133,15 +140,31 @@ class Suite:
         return self._lists[split]
 
     def render(self, doc: Doc, split: str, index: int, rng: random.Random) -> Sample:
-        """Return the sample of a document; `rng` draws the few-shot examples, where the task wants any."""
-        doc, target = dict(doc), self._target(doc)
+        """Return the sample of a document; `rng` draws the few-shot examples, where the task wants any.
+
+        Raises:
+            DataError: A template fails on this document.
+        """
+        try:
+            return self._rendered(doc, split, index, rng)
+        except BenchError:
+            raise
+        except Exception as error:
+            why = _template_failure(error) or f"{type(error).__name__}: {error}"
+            raise DataError(
+                f"a template of {self.info.path} fails on row {index + 1} of {split}: {why}; mend the suite file"
+            ) from error
+
+    def _rendered(self, doc: Doc, split: str, index: int, rng: random.Random) -> Sample:
+        doc, target, prompt = dict(doc), self._target(doc), self._prompt(doc, rng)
+        contexts = tuple(prompt) if isinstance(prompt, list) else ()
         # A field of lm-eval's tasks may be called so and mean anything.
         own = self.info.kind != "lm-eval"
         return Sample(
             sample_id=str(doc["id"])
             if own and doc.get("id")
             else f"{self.name.rpartition('/')[2]}-{split}-{index:05d}",
-            prompt=self._prompt(doc, rng),
+            prompt=contexts[0] if contexts else prompt,
             target=target,
             answer=str(doc["gold"]) if own and doc.get("gold") is not None else target,
             stratum=str(doc["stratum"]) if own and doc.get("stratum") is not None else None,
@@ -150,11 +173,17 @@ class Suite:
             cluster=str(doc["cluster"]) if own and doc.get("cluster") is not None else None,
             session_id=self.session_of(doc),
             prefix=str(doc[self.prefix_field]) if self.prefix_field and doc.get(self.prefix_field) else None,
+            choices=given.choices_of(self._task, doc),
+            contexts=contexts,
         )
 
     def session_of(self, doc: Doc) -> str | None:
         """Return the session that a document belongs to; only a suite that names its `prefix_field` has any."""
         return str(doc["session_id"]) if self.prefix_field and doc.get("session_id") is not None else None
+
+    def requests(self, sample: Sample, *, templated: bool) -> list[tuple[str, str]]:
+        """Return what is judged of a sample whose answers are given; see `choices.requests`."""
+        return given.requests(self._task, sample, templated=templated)
 
     def grade(self, sample: Sample, text: str) -> Grade:
         """Grade a completion with the task's filters and metrics.
@@ -180,10 +209,13 @@ class Suite:
                 f"the primary metric {self.primary_metric!r} of {self.name} is none of its metrics: {known}"
             )
         score = metrics[self.primary_metric]
-        return Grade(score, "no_answer" if extracted is None else "ok", metrics, extracted)
+        missing = extracted is None and not self.given_answers
+        return Grade(score, "no_answer" if missing else "ok", metrics, extracted)
 
     def _metrics(self, sample: Sample, text: str) -> tuple[str | None, dict[str, float]]:
         """Return what the primary metric's filter extracted and every metric under every filter."""
+        if self.given_answers:
+            return self._likelihood_metrics(sample, Likelihoods.from_text(text))
         from lm_eval.api.instance import Instance
 
         instance = Instance("generate_until", doc=sample.doc, arguments=(sample.prompt, {}), idx=0, resps=[text])
@@ -200,6 +232,13 @@ class Suite:
                 extracted = _extracted(filtered)
         return extracted, metrics
 
+    def _likelihood_metrics(self, sample: Sample, found: Likelihoods) -> tuple[str | None, dict[str, float]]:
+        """Return the likeliest choice and every metric under every filter."""
+        metrics: dict[str, float] = {}
+        for name, values in given.metrics(self._task, sample, found):
+            metrics |= {f"{metric},{name}": value for metric, value in self._numbers(values)}
+        return given.chosen(sample, found), metrics
+
     def _numbers(self, found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         for name, value in found.items():
             if value is None:
@@ -210,14 +249,22 @@ class Suite:
                 value = self._task.aggregation()[name]([value])
             yield name, float(value)
 
-    def _prompt(self, doc: Doc, rng: random.Random) -> str:
+    def _prompt(self, doc: Doc, rng: random.Random) -> str | list[str]:
         if self.num_fewshot:
             self._task.sampler.rnd = rng
         return self._task.fewshot_context(doc, self.num_fewshot, gen_prefix=self._task.doc_to_prefix(doc))
 
     def _target(self, doc: Doc) -> str:
         target = self._task.doc_to_target(doc)
-        return str(target[0] if isinstance(target, list) and target else target)
+        if self.given_answers:
+            return given.right_choice(target, given.choices_of(self._task, doc))
+        return _first(target)
+
+
+def memory_defaults(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a suite's `metadata.flashmem` asks for, as dotted `--set` keys."""
+    parts = ((part, metadata.get(part) or {}) for part in ("memory", "trigger"))
+    return {f"{part}.{key}": value for part, values in parts for key, value in values.items()}
 
 
 def load_suite(
@@ -254,7 +301,7 @@ def load_suite(
     _refuse_settings(info, settings or {})
     extra = {"data_dir": str(data_dir) if data_dir else None, "skip_bad_rows": skip_bad_rows, "seed": seed}
     own = {**extra, "settings": dict(settings or {})} if info.kind != "lm-eval" else None
-    task = _load_task(info, own)
+    task = _load_task(info, content, own, data_dir, skip_bad_rows)
     _refuse_other_kinds(name, {"output_type": task.OUTPUT_TYPE})
     return Suite(info, task, _content_hash(info, content, task, seed, settings))
 
@@ -273,57 +320,115 @@ def _refuse_other_kinds(name: str, content: Mapping[str, Any]) -> None:
     if "class" in content:
         raise UsageError(f"{name} is a Python task of lm-eval; only YAML tasks run here")
     kind = content.get("output_type", "generate_until")
-    if kind != "generate_until":
+    if kind not in (given.GENERATED, *given.CHOICE_KINDS):
         raise UsageError(
-            f"{name} is a {kind} task, which scores given answers; only generate_until tasks run here, "
-            "since a latent memory acts while text is generated"
+            f"{name} is a {kind} task, which has no prompt and so no place for a memory; "
+            f"{given.GENERATED}, {' and '.join(given.CHOICE_KINDS)} tasks run here"
         )
 
 
 def _refuse_code(path: Path, content: Mapping[str, Any]) -> None:
     """Refuse a file from outside the package through which code of its own could run."""
-    # Each of these makes lm-eval import or download code.
+    # Each of these makes lm-eval or datasets import, download or unpickle code.
     keys = [key for key in ("class", "unsafe_code", "use_prompt") if content.get(key)]
     metrics = [entry for entry in content.get("metric_list") or [] if isinstance(entry, dict)]
     if any(entry.get("hf_evaluate") for entry in metrics):
         keys.append("hf_evaluate")
+    keys += [f"metric {entry.get('metric')}" for entry in metrics if not _known_metric(entry.get("metric"))]
     if (content.get("dataset_kwargs") or {}).get("trust_remote_code"):
         keys.append("trust_remote_code")
+    if content.get("dataset_path") in _builders() - _PLAIN_BUILDERS:
+        keys.append(f"dataset_path {content['dataset_path']}")
     names = [*function_names(path), *keys]
     if names:
         raise UsageError(f"{path} names code ({', '.join(names)}); read it, then run it with --trust-suite")
 
 
-def _load_task(info: SuiteInfo, own: Mapping[str, Any] | None) -> Any:
+def _known_metric(name: Any) -> bool:
+    """Return whether lm-eval has a metric itself; any other it looks for in `evaluate`, which runs what it finds."""
+    import lm_eval.api.metrics  # noqa: F401
+    from lm_eval.api.registry import metric_registry
+
+    return name in metric_registry
+
+
+def _builders() -> set[str]:
+    """Return the names under which `datasets` reads files, found without importing it."""
+    spec = importlib.util.find_spec("datasets")
+    folder = Path(str(spec.origin)).parent / "packaged_modules" if spec is not None else Path()
+    return {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
+
+
+def _load_task(
+    info: SuiteInfo,
+    content: Mapping[str, Any],
+    own: Mapping[str, Any] | None,
+    data_dir: Path | None,
+    skip_bad_rows: bool,
+) -> Any:
     """Build lm-eval's Task of a suite file; `own` reaches the file's `custom_dataset` function."""
     from flashmem_bench.hub import quick_hub
 
     _prepare_lm_eval()
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
 
     manager = TaskManager(include_defaults=False, metadata=dict(own) if own else None)
+    built: list[Any] = []
     try:
+        replaced = _replaced_keys(info, content, data_dir, skip_bad_rows, built)
         with contextlib.ExitStack() as stack:
-            if "custom_dataset" not in read_suite_file(info.path):
+            if "custom_dataset" not in {**content, **replaced}:
                 stack.enter_context(quick_hub())
-            tasks = manager.load([str(info.path)])["tasks"]
+            spec = {**load_yaml(info.path), **replaced} if replaced else str(info.path)
+            tasks = manager.load([spec])["tasks"]
     except BenchError:
         raise
     except Exception as error:
-        raise DataError(_load_failure(info, error)) from error
+        raise DataError(_load_failure(info, content, error)) from error
     if len(tasks) != 1:
         raise UsageError(f"{info.name} is a group of {len(tasks)} tasks; name one of them")
-    return next(iter(tasks.values()))
+    built += tasks.values()
+    return built[0]
 
 
-def _load_failure(info: SuiteInfo, error: Exception) -> str:
+def _replaced_keys(
+    info: SuiteInfo, content: Mapping[str, Any], data_dir: Path | None, skip_bad_rows: bool, built: Sequence[Any]
+) -> dict[str, Any]:
+    """Return the keys of a task file that are ours instead: where its rows are, and graders that it names."""
+    replaced: dict[str, Any] = {}
+    if "custom_dataset" not in content and "task" in content and isinstance(content["task"], str):
+        found = local.from_files(info.name, info.path, content, skip_bad_rows)
+        replaced |= found or local.from_folder(info.name, content, data_dir, skip_bad_rows) or {}
+    grader = named.wanted(info.metadata, info.name)
+    if grader is not None:
+        # The task is not there yet; by the time that it grades, it is.
+        replaced |= named.task_keys(*grader, target_of=lambda doc: _first(built[0].doc_to_target(doc)))
+    return replaced
+
+
+def _load_failure(info: SuiteInfo, content: Mapping[str, Any], error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, ConnectionError):
+        folder = local.folder_names(info.name, content)[0]
+        needed = " and ".join(f"{folder}/{split}.jsonl[.gz]" for split in local.needed_splits(content))
         return (
-            f"no data for {info.name}: {reason}. Its data comes from the hub: connect to the network, "
-            "or bring a filled datasets cache (HF_HOME)"
+            f"no data for {info.name}: {reason.rstrip('.')}. Three ways out: a folder that holds {needed} given with "
+            "--data-dir or FLASHMEM_DATA; a network connection; a filled datasets cache (HF_HOME)"
         )
+    if _template_failure(error):
+        return f"a template of {info.path} fails: {_template_failure(error)}; mend the suite file"
     return f"{info.name} could not be loaded ({info.path}): {type(error).__name__}: {reason}"
+
+
+def _template_failure(error: Exception) -> str | None:
+    """Return why a Jinja template failed, in a clause; None where the error is none of a template."""
+    from jinja2 import TemplateError
+    from jinja2.exceptions import SecurityError
+
+    if isinstance(error, SecurityError):
+        return f"the sandbox that templates run in refuses it ({error.message})"
+    return f"{type(error).__name__}: {error.message}" if isinstance(error, TemplateError) else None
 
 
 @lru_cache(maxsize=1)
@@ -371,7 +476,8 @@ def _part(docs: list[Doc], split: str) -> list[Doc]:
     return docs[:cut] if split == "train" else docs[cut:]
 
 
-def _generation_args(given: Mapping[str, Any]) -> GenerationArgs:
+def generation_args(given: Mapping[str, Any]) -> GenerationArgs:
+    """Return the generation arguments of a task as the harness uses them."""
     budget = next(
         (given[key] for key in ("max_gen_toks", "max_new_tokens", "max_tokens") if given.get(key)),
         _DEFAULT_NEW_TOKENS,
@@ -387,9 +493,16 @@ def _generation_args(given: Mapping[str, Any]) -> GenerationArgs:
 
 
 def _primary_metric(info: SuiteInfo, task: Any) -> str:
-    """Return the metric the suite names, else the first metric under the first filter."""
-    first = f"{next(iter(task.aggregation()))},{task._filters[0].name}"
+    """Return the metric the suite names, else accuracy or the first metric, under the first filter."""
+    names = list(task.aggregation())
+    metric = given.first_metric(names) if task.OUTPUT_TYPE in given.CHOICE_KINDS else names[0]
+    first = f"{metric},{task._filters[0].name}"
     return str(info.metadata.get("primary_metric", first))
+
+
+def _first(target: Any) -> str:
+    """Return a target as text; of several right ones the first."""
+    return str(target[0] if isinstance(target, list) and target else target)
 
 
 def _extracted(filtered: Any) -> str | None:
@@ -410,6 +523,8 @@ def _content_hash(
         "version": task.VERSION,
         "lm_eval": ".".join(version("lm-eval").split(".")[:2]),
     }
+    if "grader" in info.metadata:
+        parts["grader"] = named.wanted(info.metadata, info.name)
     if info.kind == "generated" and info.metadata["alias"] in GENERATORS:
         parts |= {"generator": _generator_code(info), "seed": seed, "settings": dict(settings or {})}
     else:

@@ -14,15 +14,24 @@ KINDS = ("suites", "methods", "ablations", "models", "runs")
 
 def list_names(
     kind: Annotated[str, typer.Argument(help="suites, methods, ablations, models or runs.", show_default=False)],
+    data_dir: o.DataDir = None,
     results_dir: o.ResultsDir = o.DEFAULT_RESULTS,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> int:
-    """List suites, methods, ablations, models or runs."""
+    """List suites, methods, ablations, models or runs.
+
+    Example: flashmem-bench list suites --data-dir data
+    """
     from flashmem_bench.errors import UsageError, near_misses
 
-    makers = {"suites": _suites, "methods": _methods, "ablations": _ablations, "models": lambda: _models(results_dir),
-              "runs": lambda: _runs(results_dir)}  # fmt: skip
+    makers = {
+        "suites": lambda: _suites(data_dir),
+        "methods": _methods,
+        "ablations": _ablations,
+        "models": lambda: _models(results_dir),
+        "runs": lambda: _runs(results_dir),
+    }
     if kind not in makers:
         near = near_misses(kind, KINDS)
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
@@ -50,10 +59,25 @@ def show_rows(rows: list[dict[str, Any]], *, json: bool) -> int:
     return 0
 
 
-def _suites() -> list[dict[str, Any]]:
+def _suites(data_dir: Path | None) -> list[dict[str, Any]]:
+    from flashmem_bench.reachable import reach
     from flashmem_bench.suites import list_suites
 
-    return [{"suite": i.name, "kind": i.kind, "what": i.title, "licence": i.licence} for i in list_suites()]
+    rows = []
+    for info in list_suites():
+        found = reach(info, data_dir)
+        rows.append(
+            {
+                "suite": info.name,
+                "kind": info.kind,
+                "rows": found.rows,
+                "licence": info.licence,
+                "source": found.source,
+                "reachable": found.reachable,
+                "what": info.title,
+            }
+        )
+    return rows
 
 
 def _methods() -> list[dict[str, Any]]:

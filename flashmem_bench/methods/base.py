@@ -124,6 +124,7 @@ class MethodSpec:
         reference: Method whose cell must exist first, with the same settings and samples.
         match: Dotted settings that match it to that cell over all samples, from `--match`, the settings and what the
             cell did; empty where it is matched within each sample.
+        judges: It can judge given answers; its `Method` then has `score` as `latent.LatentMethod` has it.
     """
 
     name: str
@@ -136,6 +137,7 @@ class MethodSpec:
     needs_bank: bool = False
     reference: str | None = None
     match: Callable[[str, Settings, Mapping[str, ReferenceSample]], dict[str, Any]] | None = None
+    judges: bool = True
 
     def relevant(self, settings: Settings) -> dict[str, Any]:
         """Return the dotted settings that can change this method's answers."""

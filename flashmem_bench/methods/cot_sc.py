@@ -98,4 +98,5 @@ SPEC = MethodSpec(
     summary="self-consistency: several sampled answers vote, prefill shared, with the curve over their number",
     build=SelfConsistency,
     uses=("vote", "exec"),
+    judges=False,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from flashmem_bench.errors import UsageError
@@ -22,7 +23,7 @@ class EvictingMethod(LatentMethod):
     reuses_prefix = False
 
     def __init__(self, context: BuildContext, policy: str):
-        from flashmem.eviction import EvictionConfig
+        from flashmem.eviction import EvictionConfig, prefill_and_evict
 
         super().__init__(context, memory=None, trigger_for=lambda sample: None)  # type: ignore[arg-type,return-value]
         values = context.settings.eviction
@@ -32,7 +33,8 @@ class EvictingMethod(LatentMethod):
                 f"eviction.budget is {values.budget} and {context.backbone.name} has {room} positions: "
                 f"choose one from {values.sinks + 1} to {room}"
             )
-        self._eviction = EvictionConfig(policy, **values.model_dump())  # type: ignore[arg-type]
+        config = EvictionConfig(policy, **values.model_dump())  # type: ignore[arg-type]
+        self.prefill = partial(prefill_and_evict, context.backbone, config=config)
 
     def batch_key(self, sample: Sample) -> object:
         """Return the sample: no padding."""
@@ -42,7 +44,6 @@ class EvictingMethod(LatentMethod):
         self, prompts: Sequence[list[int]], samples: Sequence[Sample], clock: HostClock | None, seed: int
     ) -> list[Generation]:
         """See `Method.generate`."""
-        from flashmem.eviction import prefill_and_evict
         from flashmem.generation import generate
 
         return generate(
@@ -51,7 +52,7 @@ class EvictingMethod(LatentMethod):
             generation_config=self._generation_config,
             clock=clock,
             seed=seed,
-            prefill=lambda given: prefill_and_evict(self.backbone, given, self._eviction),
+            prefill=self.prefill,
         )
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flashmem.backbone import DecodeState
     from flashmem.generation import Generation
     from flashmem.memory import MemorySource
+    from flashmem.scoring import Scores
     from flashmem.trace import TraceRecorder
     from flashmem.trigger import TriggerConfig
     from flashmem_bench.clock import HostClock
@@ -37,6 +38,9 @@ class LatentMethod:
         memory: The memory source; None decodes plainly.
         trigger_for: Trigger of one sample; by default the settings' trigger with the threshold of its stratum.
     """
+
+    # Encodes prompts in the place of the backbone's own prefill.
+    prefill: Callable[[list[list[int]]], DecodeState] | None = None
 
     def __init__(
         self,
@@ -97,6 +101,34 @@ class LatentMethod:
             keep_memories=keep_memories,
             recorder=recorder,
             prefill=prefill,
+        )
+
+    def score(
+        self,
+        prompt: list[int],
+        continuations: Sequence[list[int]],
+        sample: Sample,
+        clock: HostClock | None,
+        *,
+        tail: int = 0,
+        plain: bool = False,
+    ) -> Scores:
+        """Judge given answers behind a prompt; see `flashmem.scoring.score`. `plain` writes no memory."""
+        from flashmem.memory import SampleContext
+        from flashmem.scoring import score
+
+        memory = None if plain else self.memory
+        return score(
+            self.backbone,
+            prompt,
+            continuations,
+            tail=tail,
+            memory=memory,
+            trigger=self._trigger_for(sample) if memory is not None else None,
+            sampling_logits=self._context.settings.sampling.logits,
+            sample=SampleContext(sample.sample_id, sample.answer),
+            clock=clock,
+            prefill=self.prefill,
         )
 
     def _trigger(self, sample: Sample) -> TriggerConfig:
