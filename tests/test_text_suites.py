@@ -215,7 +215,7 @@ def test_the_grader_and_its_version_are_named(data):
     assert load_suite("qmsum", data_dir=data).grader.startswith(f"rouge-score {version('rouge-score')} / rouge 1")
     assert load_suite("gsm_plus", data_dir=data).grader == "quantities 1"
     assert load_suite("hops").grader == "words 1"
-    assert all(info.metadata.get("grader") for info in list_suites() if info.name in NAMES)
+    assert all(info.metadata.get("graded_by") for info in list_suites() if info.name in NAMES)
 
 
 # Letters
