@@ -121,7 +121,7 @@ def _suites() -> Iterator[Check]:
 def _data(data_dir: Path | None) -> Iterator[Check]:
     from flashmem_bench.suites import list_suites
 
-    real = [info.name for info in list_suites() if info.kind == "real"]
+    real = {info.name: str(info.metadata.get("folder", info.name)) for info in list_suites() if info.kind == "real"}
     folder = data_dir or (Path(os.environ["FLASHMEM_DATA"]) if os.environ.get("FLASHMEM_DATA") else None)
     if folder is None:
         yield Check(
@@ -131,7 +131,7 @@ def _data(data_dir: Path | None) -> Iterator[Check]:
     if not folder.is_dir():
         yield Check("data", "warning", f"{folder} is not a folder")
         return
-    there = [name for name in real if (folder / name).is_dir()]
+    there = [name for name in real if (folder / real[name]).is_dir()]
     missing = [name for name in real if name not in there]
     detail = f"{folder}: {', '.join(there) or 'nothing'}" + (f"; not there: {', '.join(missing)}" if missing else "")
     yield Check("data", "warning" if missing else "ok", detail)
