@@ -119,10 +119,9 @@ def _suites() -> Iterator[Check]:
 
 
 def _data(data_dir: Path | None) -> Iterator[Check]:
-    from flashmem_bench.suites import list_suites
+    from flashmem_bench.suites import data_folders, list_suites
 
-    needed = [info.metadata.get("data") or [info.name] for info in list_suites() if info.kind == "real"]
-    real = sorted({folder for folders in needed for folder in folders})
+    real = {info.name: data_folders(info) for info in list_suites() if info.kind == "real"}
     folder = data_dir or (Path(os.environ["FLASHMEM_DATA"]) if os.environ.get("FLASHMEM_DATA") else None)
     if folder is None:
         yield Check(
@@ -132,7 +131,7 @@ def _data(data_dir: Path | None) -> Iterator[Check]:
     if not folder.is_dir():
         yield Check("data", "warning", f"{folder} is not a folder")
         return
-    there = [name for name in real if (folder / name).is_dir()]
+    there = [name for name in real if all((folder / part).is_dir() for part in real[name])]
     missing = [name for name in real if name not in there]
     detail = f"{folder}: {', '.join(there) or 'nothing'}" + (f"; not there: {', '.join(missing)}" if missing else "")
     yield Check("data", "warning" if missing else "ok", detail)

@@ -100,6 +100,13 @@ def find_suite(name: str) -> SuiteInfo:
     return known[alias]
 
 
+def data_folders(info: SuiteInfo) -> list[str]:
+    """Return the folders below a data folder that a suite of real data reads."""
+    files = info.metadata.get("files") or {}
+    named = [name for names in files.values() for name in ([names] if isinstance(names, str) else names)]
+    return list(dict.fromkeys(str(name).partition("/")[0] for name in named)) or [info.name]
+
+
 def read_suite_file(path: Path) -> dict[str, Any]:
     """Return the suite file as data, with the files that it includes merged in as lm-eval does.
 

@@ -113,7 +113,7 @@ def test_tables_name_every_method_and_suite() -> None:
     assert set(registry.METHODS) <= full
     named = set(
         re.findall(
-            r"^\| `([a-z0-9-]+)` \|", README.split("## Suites")[1].split("## Add a method")[0], flags=re.MULTILINE
+            r"^\| `([a-z0-9_-]+)` \|", README.split("## Suites")[1].split("## Add a method")[0], flags=re.MULTILINE
         )
     )
     assert {info.name for info in list_suites()} == named

@@ -96,13 +96,15 @@ class Worker:
 
     def _start(self) -> None:
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        # One thread each: libraries of linear algebra otherwise reserve more memory than the limit on many processors.
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         # In a session of its own, so that Ctrl-C in the terminal leaves the sample in progress to finish.
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, self.function],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": paths},
+            env={**os.environ, **threads, "PYTHONPATH": paths},
             start_new_session=True,
         )
         self._owner, self._rest = os.getpid(), b""
