@@ -258,23 +258,26 @@ class Session:
         if not token_ids:
             raise ConfigError("The history is empty: append a text or token ids first.")
         self._require_room(len(token_ids) + self.latents + (config.max_new_tokens or 0))
-        before, self._state.encoded = self._state.encoded, [0]
-        woven, self._state.woven = self._state.woven, [0]
-        inherited, self._state.reused = self.reused, [self.positions]
-        (answer,) = generate(
-            self.backbone,
-            [token_ids],
-            generation_config=config,
-            memory=self.memory,
-            trigger=self.trigger if self.memory is not None else None,
-            sampling_logits=self.sampling_logits,
-            seed=seed,
-            clock=clock,
-            prefill=lambda _: self._continue(token_ids),
-        )
-        state = self._state
-        state.encoded, state.woven = [before[0] + state.encoded[0]], [woven[0] + state.woven[0]]
-        state.reused = [min(inherited, state.reused[0])]
+        # Answered in a fork: its counts are those of this call, and a failure leaves the session as it was.
+        before = self._state, self._ids, self._waiting
+        self._state = self.backbone.fork(self._state)
+        try:
+            (answer,) = generate(
+                self.backbone,
+                [token_ids],
+                generation_config=config,
+                memory=self.memory,
+                trigger=self.trigger if self.memory is not None else None,
+                sampling_logits=self.sampling_logits,
+                seed=seed,
+                clock=clock,
+                prefill=lambda _: self._continue(token_ids),
+            )
+        except BaseException:
+            self._state, self._ids, self._waiting = before
+            raise
+        self._count_on(before[0])
+        self._state.reused = [min(before[0].reused[0], self.reused)]
         self._ids, self._waiting = self._ids + answer.token_ids, 1
         return answer
 

@@ -21,7 +21,9 @@ from flashmem_bench.tasks import load_suite
 from flashmem_bench.thresholds import spread
 
 NAMES = ["babi", "gsm8k", "hops", "hops-list", "recall", "wordmath"]
-GENERATED = ["hops", "hops-list", "recall", "wordmath"]
+# Tested in test_long_suites.py.
+LONG = ["babi-long", "babi-session", "hops-long", "locomo", "locomo-adversarial", "qmsum-session", "recall-long"]
+GENERATED = ["hops", "hops-list", "hops-long", "recall", "recall-long", "wordmath"]
 SPLITS = ["test", "calibration", "validation", "train"]
 
 
@@ -92,14 +94,15 @@ def answers(suite, sample) -> list[str]:
 
 
 def test_the_bundled_suites_are_listed_with_what_a_reader_needs():
-    listed = list_suites()
-    assert [info.name for info in listed] == sorted(info.name for info in listed)
-    infos = [info for info in listed if info.name in NAMES]
-    assert [info.name for info in infos] == NAMES
+    infos = list_suites()
+    assert [info.name for info in infos] == sorted(info.name for info in infos)
+    assert set(NAMES) | set(LONG) < {info.name for info in infos}
     for info in infos:
-        assert info.licence and info.title and info.metadata["traps"], info.name
-        assert info.metadata["training_split"] == "train" and info.metadata["prefix_field"] is None
-        assert info.kind == ("generated" if info.name in GENERATED else "real")
+        assert info.licence and info.title and info.metadata["traps"] and info.metadata["graded_by"], info.name
+        assert info.metadata["training_split"] in ("train", None)
+        if info.name in NAMES:
+            assert info.metadata["training_split"] == "train" and info.metadata["prefix_field"] is None
+            assert info.kind == ("generated" if info.name in GENERATED else "real")
 
 
 def test_an_unknown_suite_names_its_near_misses():

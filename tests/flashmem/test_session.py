@@ -228,3 +228,26 @@ def test_a_long_text_is_appended_in_pieces(monkeypatch) -> None:
     whole = backbone.prefill([history + rest])
     torch.testing.assert_close(session.logits, whole.logits[0], rtol=1e-4, atol=1e-5)
     assert session.encoded == 60
+
+
+def test_an_answer_that_fails_leaves_the_session_as_it_was(monkeypatch) -> None:
+    backbone = make_backbone()
+    history, question = prompts_of(15, 4)
+    session = Session(backbone)
+    session.extend(history)
+    step, calls = type(backbone).step, []
+
+    def failing(self, state, tokens):
+        calls.append(tokens)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        step(self, state, tokens)
+
+    monkeypatch.setattr(type(backbone), "step", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        session.generate(CONFIG)
+    assert (session.token_ids, session.encoded, session.positions) == (history, 15, 15)
+    same(session.ask(question, CONFIG), scratch(backbone, history + question))
+    with pytest.raises(ConfigError, match="max_new_tokens"):
+        session.generate(GenerationConfig(max_length=3))
+    assert session.encoded == 15
