@@ -22,6 +22,8 @@ from flashmem_bench.thresholds import spread
 
 NAMES = ["babi", "gsm8k", "hops", "hops-list", "recall", "wordmath"]
 GENERATED = ["hops", "hops-list", "recall", "wordmath"]
+# Tested in test_code_suites.
+CODE = ["humaneval", "kodcode", "mbpp"]
 SPLITS = ["test", "calibration", "validation", "train"]
 
 
@@ -93,10 +95,11 @@ def answers(suite, sample) -> list[str]:
 
 def test_the_bundled_suites_are_listed_with_what_a_reader_needs():
     infos = list_suites()
-    assert [info.name for info in infos] == NAMES
+    assert [info.name for info in infos] == sorted([*NAMES, *CODE])
     for info in infos:
         assert info.licence and info.title and info.metadata["traps"], info.name
-        assert info.metadata["training_split"] == "train" and info.metadata["prefix_field"] is None
+        assert info.metadata["training_split"] == (None if info.name == "humaneval" else "train")
+        assert info.metadata["prefix_field"] is None
         assert info.kind == ("generated" if info.name in GENERATED else "real")
 
 

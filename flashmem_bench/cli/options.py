@@ -49,6 +49,12 @@ SkipBadRows = Annotated[bool, _option("--skip-bad-rows", help="Go on without bro
 TrustSuite = Annotated[
     bool, _option("--trust-suite", help="Run the code that a suite file of your own names.", panel=_DATA)
 ]
+AllowCode = Annotated[
+    bool, _option("--allow-code-execution", help="Let grading run the model's programs, sandboxed.", panel=_DATA)
+]
+AllowUncontained = Annotated[
+    bool, _option("--allow-uncontained-code", help="Even where nothing keeps them in.", panel=_DATA)
+]
 ResultsDir = Annotated[Path, _option("--results-dir", help="Results folder (results).", metavar="DIR", panel=_OUTPUT)]
 Json = Annotated[bool, _option("--json", help="The last line of stdout is one JSON document.", panel=_OUTPUT)]
 Quiet = Annotated[bool, _option("--quiet", "-q", help="No progress and no tables.", panel=_OUTPUT)]

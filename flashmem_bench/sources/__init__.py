@@ -5,6 +5,7 @@ lm-eval calls such a function with the suite's `metadata` and `dataset_kwargs` a
 Every document has `id`, `gold` (the right answer, for grading) and `stratum`, `cluster` where it shares a text with
 others, and keeps the fields of its source. The order of a split is fixed, so that a larger limit only adds samples.
 
+    code      programs with tests
     made      rows that our generators write
     maths     numbers and formulas
     stories   bAbI
@@ -15,8 +16,9 @@ file. The threshold reads no answers from them and the choice among checkpoints 
 nothing leaks between the two.
 """
 
+from flashmem_bench.sources.code import humaneval, kodcode, mbpp
 from flashmem_bench.sources.made import generated
 from flashmem_bench.sources.maths import gsm8k
 from flashmem_bench.sources.stories import babi
 
-__all__ = ["babi", "generated", "gsm8k"]
+__all__ = ["babi", "generated", "gsm8k", "humaneval", "kodcode", "mbpp"]
