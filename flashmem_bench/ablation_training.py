@@ -88,7 +88,9 @@ def train_point(
     }
     base = schedule.base(request.model, suite)
     values["settings"] = {**base.settings, **values["settings"]}
-    place = Place(request.results_dir, request.data_dir, request.skip_bad_rows, request.trust_suite, request.command)
+    allowed = (request.allow_code_execution, request.allow_uncontained_code)
+    where = (request.results_dir, request.data_dir, request.skip_bad_rows, request.trust_suite)
+    place = Place(*where, request.command, *allowed)
     parts = Parts(base.with_values(values), place)
     parts.share(session)
     own = request.results_dir / "checkpoints" / model_key(request.model) / suite.replace("/", "--") / "ablations"

@@ -41,6 +41,7 @@ def examine(results: Path, data_dir: Path | None) -> list[Check]:
         _suites,
         lambda: _data(data_dir),
         _bundled,
+        _sandbox,
         _company,
     )
     found: list[Check] = []
@@ -170,6 +171,19 @@ def _memories(configs: list[Path]) -> Iterator[Check]:
         status = "warning" if harm is not None and harm > HARM_LIMIT else "ok"
         note = f", above {HARM_LIMIT:.0%}: {default}" if status == "warning" else ""
         yield Check("memory", status, f"{'/'.join(config.parent.parts[-3:])}: {known}{note}")
+
+
+def _sandbox() -> Iterator[Check]:
+    """What would keep in the programs that code suites run; a trial program finds out."""
+    from flashmem_bench.errors import UsageError
+    from flashmem_bench.grading.sandbox import active_layer
+
+    try:
+        layer = active_layer()
+    except UsageError as error:
+        yield Check("code sandbox", "warning", str(error))
+        return
+    yield Check("code sandbox", "ok" if layer.contained else "warning", layer.sentence())
 
 
 def _company() -> Iterator[Check]:

@@ -113,6 +113,7 @@ def fit(session: Session, wanted: FitRequest, watcher: Watcher | None = None) ->
     finished = (folder / "config.json").exists() and "harm" in read_record(folder).get("metadata", {})
     if together.agree(float(finished)):
         return FitResult(folder, read_record(folder)["metadata"], None)
+    session.permit_code()
     suites = [session.suite(name) for name in session.request.suites]
     memory = _new_memory(session, wanted)
     started = time.monotonic()

@@ -70,6 +70,8 @@ class Place:
     skip_bad_rows: bool = False
     trust_suite: bool = False
     command: str = ""
+    allow_code_execution: bool = False
+    allow_uncontained_code: bool = False
 
 
 class Parts:
@@ -98,6 +100,8 @@ class Parts:
             data_dir=place.data_dir,
             skip_bad_rows=place.skip_bad_rows,
             trust_suite=place.trust_suite,
+            allow_code_execution=place.allow_code_execution,
+            allow_uncontained_code=place.allow_uncontained_code,
             results_dir=place.results_dir,
             command=place.command,
             **more,
@@ -234,7 +238,10 @@ def train_recipe(name: str, parts: Parts, watcher: Watcher) -> None:
         train_all(parts, wanted, watcher)
     elif not all(is_fitted(training.folder) for training in wanted):
         # A quiet parent has a quiet child; its table of memories is printed by the report.
-        launch(["train", "--recipe", name, "--quiet", *_place_options(place)], recipe.placement.processes)
+        launch(
+            ["train", "--recipe", name, "--quiet", *_place_options(place), *_code_options(place)],
+            recipe.placement.processes,
+        )
 
 
 def calibrate_all(parts: Parts, watcher: Watcher) -> None:
@@ -310,7 +317,7 @@ def commands(name: str, parts: Parts) -> list[str]:
     common += [part for key, value in recipe.settings.items() for part in ("--set", f"{key}={value}")]
     several = ["torchrun", *_LAUNCHER, str(recipe.placement.processes), "-m", "flashmem_bench"]
     front = several if recipe.placement.processes > 1 else ["flashmem-bench"]
-    lines = [[*front, "train", "--recipe", name, *options]]
+    lines = [[*front, "train", "--recipe", name, *options, *_code_options(place)]]
     limit = ["--limit", str(recipe.calibrate.limit)] if recipe.calibrate.limit else []
     joint = ["--joint"] if recipe.calibrate.joint else []
     where = ["--out", str(recipe.calibrate.out)] if recipe.calibrate.out else []
@@ -333,7 +340,7 @@ def commands(name: str, parts: Parts) -> list[str]:
         line += ["--batch-size", str(recipe.run.batch_size)]
         line += ["--limit", str(recipe.run.limit)] if recipe.run.limit else []
         line += ["--checkpoint", str(arm.checkpoint)] if arm.checkpoint else []
-        lines.append([*line, *common, *options])
+        lines.append([*line, *common, *options, *_code_options(place)])
     lines.append(["flashmem-bench", "report", "--results-dir", str(place.results_dir)])
     return [shlex.join(line) for line in lines]
 
@@ -343,6 +350,12 @@ def _place_options(place: Place) -> list[str]:
     options += ["--data-dir", str(place.data_dir)] if place.data_dir else []
     options += ["--skip-bad-rows"] if place.skip_bad_rows else []
     return options + (["--trust-suite"] if place.trust_suite else [])
+
+
+def _code_options(place: Place) -> list[str]:
+    """What commands that grade need beside; calibrating does not grade."""
+    options = ["--allow-code-execution"] if place.allow_code_execution else []
+    return options + (["--allow-uncontained-code"] if place.allow_uncontained_code else [])
 
 
 def arms(recipe: Recipe, results_dir: Path) -> Iterator[Arms]:

@@ -104,6 +104,7 @@ def run_grid(
     session = session or Session(request)
     progress = progress or Silent()
     specs = get_methods(request.methods)
+    session.permit_code()
     _ = session.store  # An unwritable folder is found before a model is loaded.
     referred = get_methods(spec.reference for spec in specs if spec.reference)
     for note in preflight(session, request.suites, [*specs, *referred]):

@@ -45,7 +45,8 @@ class Request:
         placement: single, or auto to spread the backbone over the devices that there are.
         truncate: How a prompt beyond the positions is cut; None = it is an error.
         match: How a random trigger is matched to its flashmem cell.
-        allow_code: Suites may execute the programs that a model wrote.
+        allow_code_execution: Grading may run programs that the model writes.
+        allow_uncontained_code: It may do so where nothing keeps them in.
         calibrate_missing: Measure a threshold that is not there, instead of refusing (ablations of the monitor).
         command: The command line that continues this run.
     """
@@ -71,7 +72,8 @@ class Request:
     split: str = "test"
     skip_bad_rows: bool = False
     trust_suite: bool = False
-    allow_code: bool = False
+    allow_code_execution: bool = False
+    allow_uncontained_code: bool = False
     calibrate_missing: bool = False
     command: str = ""
 
@@ -133,8 +135,18 @@ class Session:
                 skip_bad_rows=self.request.skip_bad_rows,
                 trust_suite=self.request.trust_suite,
                 settings=generator or None,
+                allow_code=self.request.allow_code_execution,
+                allow_uncontained=self.request.allow_uncontained_code,
             )
         return self._suites[name]
+
+    def permit_code(self) -> None:
+        """Refuse the request now, should it need to run programs later and nobody allowed that."""
+        from flashmem_bench.grading.code import permit_code
+        from flashmem_bench.suites import find_suite
+
+        for name in self.request.suites:
+            permit_code(find_suite(name), self.request.allow_code_execution, self.request.allow_uncontained_code)
 
     @property
     def method_settings(self) -> dict[str, Any]:

@@ -154,6 +154,12 @@ def _parse(path: Path) -> dict[str, Any]:
     return content
 
 
+def runs_code(info: SuiteInfo) -> bool:
+    """Return whether grading the suite runs programs that the model writes."""
+    # The key with which a task of lm-eval says the same.
+    return bool(info.metadata.get("runs_code") or read_suite_file(info.path).get("unsafe_code"))
+
+
 def function_names(path: Path) -> list[str]:
     """Return every `!function` name in a suite file and the files that it includes.
 

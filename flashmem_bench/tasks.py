@@ -28,11 +28,12 @@ from flashmem_bench import choices as given
 from flashmem_bench.data import Doc
 from flashmem_bench.errors import BenchError, DataError, UsageError
 from flashmem_bench.grading import named
+from flashmem_bench.grading.code import ALLOW, ALLOW_UNCONTAINED, TELL_TIMEOUT, permit_code
 from flashmem_bench.grading.hooks import NO_ANSWER
 from flashmem_bench.grading.outcome import GradeTimeout
 from flashmem_bench.samples import GenerationArgs, Grade, Likelihoods, Sample
 from flashmem_bench.sources import local
-from flashmem_bench.suites import SuiteInfo, find_suite, function_names, read_suite_file
+from flashmem_bench.suites import SuiteInfo, find_suite, function_names, read_suite_file, runs_code
 
 __all__ = ["GenerationArgs", "Grade", "Sample", "SampleList", "Suite", "load_suite"]
 
@@ -90,7 +91,12 @@ class Suite:
         memory_defaults: The suite's own settings as dotted `--set` keys.
         calibrate_by: `stratum` where each stratum has its own threshold.
         strata: What strata are for: `known` (near 100 % for the bundled backbone), `open`, `chance`.
+        allow_code: Whether grading may run programs that the model writes.
+        allow_uncontained: Whether it may do so where nothing keeps them in.
     """
+
+    allow_code = False
+    allow_uncontained = False
 
     def __init__(self, info: SuiteInfo, task: Any, content_hash: str):
         self.name, self.info, self.content_hash = info.name, info, content_hash
@@ -191,6 +197,9 @@ class Suite:
         A grader that fails on this text gives `parse_status="error"` and no points; one that runs into its deadline
         gives "timeout" and no points, which count only where the text is to blame. A library that the grader needs
         and that is not installed is a `DataError`, since it would fail on every text.
+
+        Raises:
+            UsageError: Grading would run programs and nobody allowed that.
         """
         try:
             extracted, metrics = self._metrics(sample, text)
@@ -199,7 +208,8 @@ class Suite:
         except BenchError:
             raise
         except GradeTimeout as late:
-            return Grade(0.0, "timeout", {}, None, counts=late.counts_as_wrong)
+            metrics = {self.primary_metric: 0.0} if late.counts_as_wrong else {}
+            return Grade(0.0, "timeout", metrics, None, counts=late.counts_as_wrong)
         except Exception as error:
             logging.getLogger(__name__).warning("grading %s failed: %r", sample.sample_id, error)
             return Grade(0.0, "error", {}, None)
@@ -221,10 +231,11 @@ class Suite:
         instance = Instance("generate_until", doc=sample.doc, arguments=(sample.prompt, {}), idx=0, resps=[text])
         metrics: dict[str, float] = {}
         extracted: str | None = None
+        doc = self._with_permission(sample.doc)
         for ensemble in self._task._filters:
             ensemble.apply([instance])
             filtered = instance.filtered_resps[ensemble.name]
-            found = self._task.process_results(sample.doc, [filtered])
+            found = self._task.process_results(doc, [filtered])
             metrics |= {f"{name},{ensemble.name}": value for name, value in self._numbers(found)}
             if self.primary_metric.rpartition(",")[2] == ensemble.name:
                 if not found:
@@ -238,6 +249,15 @@ class Suite:
         for name, values in given.metrics(self._task, sample, found):
             metrics |= {f"{metric},{name}": value for metric, value in self._numbers(values)}
         return given.chosen(sample, found), metrics
+
+    def _with_permission(self, doc: Doc) -> Doc:
+        """Tell a grader of programs what it may do; a task of lm-eval's own has one that knows no sandbox."""
+        if not runs_code(self.info):
+            return doc
+        if self.info.kind == "lm-eval":
+            permit_code(self.info, self.allow_code, self.allow_uncontained)
+            return doc
+        return {**doc, ALLOW: self.allow_code, ALLOW_UNCONTAINED: self.allow_uncontained, TELL_TIMEOUT: True}
 
     def _numbers(self, found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         for name, value in found.items():
@@ -275,6 +295,8 @@ def load_suite(
     trust_suite: bool = False,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
+    allow_code: bool = False,
+    allow_uncontained: bool = False,
 ) -> Suite:
     """Load a suite.
 
@@ -285,6 +307,8 @@ def load_suite(
         trust_suite: Run the functions that a suite file from outside the package names.
         seed: Seed of a generated suite's rows; another seed is another suite content.
         settings: Settings of a generated suite's generator, such as `pairs` of `recall`.
+        allow_code: Let grading run programs that the model writes.
+        allow_uncontained: Let it do so where nothing keeps them in.
 
     Raises:
         UnknownNameError: No such suite.
@@ -303,7 +327,9 @@ def load_suite(
     own = {**extra, "settings": dict(settings or {})} if info.kind != "lm-eval" else None
     task = _load_task(info, content, own, data_dir, skip_bad_rows)
     _refuse_other_kinds(name, {"output_type": task.OUTPUT_TYPE})
-    return Suite(info, task, _content_hash(info, content, task, seed, settings))
+    suite = Suite(info, task, _content_hash(info, content, task, seed, settings))
+    suite.allow_code, suite.allow_uncontained = allow_code, allow_uncontained
+    return suite
 
 
 def _refuse_settings(info: SuiteInfo, settings: Mapping[str, Any]) -> None:

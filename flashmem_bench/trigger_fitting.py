@@ -60,6 +60,7 @@ def fit_trigger(
         raise UsageError(
             f"--trigger-of needs a memgen checkpoint; {weaver} is a {record['memory'].get('source')} memory"
         )
+    session.permit_code()
     backbone, started = session.backbone, time.monotonic()
     loaded = load_memory(folder, backbone)
     assert isinstance(loaded, WeaverMemory)

@@ -74,6 +74,8 @@ HOSTILE = {
         {"failed"},
     ),
 }
+# Those after which another program might suffer.
+DISTURBING = {"fork bomb", "memory bomb", "kill of everybody", "a daemon", "zombies", "other builtins"}
 
 
 def marked(folder: Path, mark: bytes, uid: int | None = None) -> bool:
@@ -125,7 +127,8 @@ def test_a_hostile_program_fails_and_leaves_nothing(name, layer, listener):
     assert own_processes() == [] and psutil.Process().children() == before
     with pytest.raises(BlockingIOError):
         listener.accept()
-    assert run(GOOD["program.py"], layer).status == "passed"
+    if name in DISTURBING:
+        assert run(GOOD["program.py"], layer).status == "passed"
 
 
 def test_nothing_can_be_written_outside(layer, tmp_path):

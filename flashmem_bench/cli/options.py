@@ -60,7 +60,10 @@ TrustSuite = Annotated[
     bool, _option("--trust-suite", help="Run the code that a suite file of your own names.", panel=_DATA)
 ]
 AllowCode = Annotated[
-    bool, _option("--allow-code-execution", help="Execute the programs that a model wrote.", panel=_DATA)
+    bool, _option("--allow-code-execution", help="Let grading run the model's programs, sandboxed.", panel=_DATA)
+]
+AllowUncontained = Annotated[
+    bool, _option("--allow-uncontained-code", help="Even where nothing keeps them in.", panel=_DATA)
 ]
 ResultsDir = Annotated[Path, _option("--results-dir", help="Results folder (results).", metavar="DIR", panel=_OUTPUT)]
 Json = Annotated[bool, _option("--json", help="The last line of stdout is one JSON document.", panel=_OUTPUT)]

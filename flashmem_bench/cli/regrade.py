@@ -23,6 +23,7 @@ def regrade(
     skip_bad_rows: o.SkipBadRows = False,
     trust_suite: o.TrustSuite = False,
     allow_code_execution: o.AllowCode = False,
+    allow_uncontained_code: o.AllowUncontained = False,
     results_dir: o.ResultsDir = o.DEFAULT_RESULTS,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -47,7 +48,8 @@ def regrade(
         data_dir=data_dir,
         skip_bad_rows=skip_bad_rows,
         trust_suite=trust_suite,
-        allow_code=allow_code_execution,
+        allow_code_execution=allow_code_execution,
+        allow_uncontained_code=allow_uncontained_code,
         results_dir=results_dir,
         command=o.command_line(),
     )

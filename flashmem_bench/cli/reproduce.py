@@ -21,6 +21,8 @@ def reproduce(
     data_dir: o.DataDir = None,
     skip_bad_rows: o.SkipBadRows = False,
     trust_suite: o.TrustSuite = False,
+    allow_code_execution: o.AllowCode = False,
+    allow_uncontained_code: o.AllowUncontained = False,
     results_dir: o.ResultsDir = o.DEFAULT_RESULTS,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -35,7 +37,8 @@ def reproduce(
     from flashmem_bench.recipes import load_recipe
     from flashmem_bench.reproduce import Parts, Place, commands, trainings
 
-    place = Place(results_dir, data_dir, skip_bad_rows, trust_suite, o.command_line())
+    allowed = (allow_code_execution, allow_uncontained_code)
+    place = Place(results_dir, data_dir, skip_bad_rows, trust_suite, o.command_line(), *allowed)
     parts = Parts(load_recipe(recipe), place)
     trainings(parts.recipe, results_dir)
     document = planned(parts, o.number(device_tflops, "--device-tflops"), o.number(bandwidth, "--bandwidth"))

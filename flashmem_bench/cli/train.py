@@ -92,6 +92,8 @@ def train(
     data_dir: o.DataDir = None,
     skip_bad_rows: o.SkipBadRows = False,
     trust_suite: o.TrustSuite = False,
+    allow_code_execution: o.AllowCode = False,
+    allow_uncontained_code: o.AllowUncontained = False,
     results_dir: o.ResultsDir = o.DEFAULT_RESULTS,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -117,7 +119,8 @@ def train(
         values["settings"] = settings
         known = {key: value for key, value in values.items() if _KEYS[key] in given or key == "settings"}
         chosen = base.with_values(known)
-    place = Place(results_dir, data_dir, skip_bad_rows, trust_suite, o.command_line())
+    allowed = (allow_code_execution, allow_uncontained_code)
+    place = Place(results_dir, data_dir, skip_bad_rows, trust_suite, o.command_line(), *allowed)
     return _execute(Parts(chosen, place), out, json=json, quiet=quiet)
 
 
@@ -187,7 +190,8 @@ def _values(given: dict[str, Any]) -> dict[str, Any]:
 # What fitting a trigger reads; the other options say how a memory is fitted, and that is there already.
 _TRIGGER_OPTIONS = frozenset(
     ("suite", "model", "limit", "minutes", "steps", "lr", "train_seed", "out", "trigger_of", "device", "dtype", "set_",
-     "data_dir", "skip_bad_rows", "trust_suite", "results_dir", "json", "quiet", "debug")
+     "data_dir", "skip_bad_rows", "trust_suite", "allow_code_execution", "allow_uncontained_code", "results_dir",
+     "json", "quiet", "debug")
 )  # fmt: skip
 
 
@@ -218,6 +222,8 @@ def _fit_trigger(context: typer.Context, values: dict[str, Any], weaver: str, *,
         data_dir=given["data_dir"],
         skip_bad_rows=given["skip_bad_rows"],
         trust_suite=given["trust_suite"],
+        allow_code_execution=given["allow_code_execution"],
+        allow_uncontained_code=given["allow_uncontained_code"],
         results_dir=given["results_dir"],
         command=o.command_line(),
     )

@@ -9,6 +9,7 @@ others, and keeps the fields of its source. The order of a split is fixed, so th
     lengths    generated rows at wanted lengths
     maths      numbers and formulas
     choice     questions with lettered options
+    code       programs with tests
     summaries  long texts and what they say in short
     stories    bAbI, its questions one by one or story by story
     haystack   bAbI in book text at wanted lengths
@@ -23,6 +24,7 @@ checkpoints reads no threshold, so nothing leaks between the two.
 """
 
 from flashmem_bench.sources.choice import arc_challenge, gpqa
+from flashmem_bench.sources.code import humaneval, kodcode, mbpp
 from flashmem_bench.sources.dialogue import locomo
 from flashmem_bench.sources.haystack import babi_long
 from flashmem_bench.sources.lengths import hops_long, recall_long
@@ -44,8 +46,11 @@ __all__ = [
     "gsm8k",
     "gsm_plus",
     "hops_long",
+    "humaneval",
+    "kodcode",
     "locomo",
     "math",
+    "mbpp",
     "qmsum",
     "qmsum_session",
     "recall_long",

@@ -49,7 +49,7 @@ def unshare(flags: int) -> None:
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
-    """Mount `source` on `target`, as mount(2) says."""
+    """Put a file system at `target`; see the manual page of the call for the arguments."""
     arguments = [None if text is None else text.encode() for text in (source, target, kind)]
     _check(_libc.mount(*arguments, ctypes.c_ulong(flags), data.encode() if data else None), f"mount {target}")
 
