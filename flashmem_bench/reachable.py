@@ -2,7 +2,7 @@
 
 Everything is read from the suite file, the data folder and the `datasets` cache as files, so that a list of suites
 loads neither a model nor a data library and asks no network. In `metadata.flashmem`, `files` gives the file of each
-split in a data folder (`test: gsm8k/test`, without its ending) and `source` the hub id, with `source_config` where
+split in a data folder (`test: gsm8k/test`, without its ending; a list where a split needs several) and `source` the hub id, with `source_config` where
 only one configuration holds the rows, `gated: true` where the hub asks for an account and `hub: false` where its copy
 cannot be loaded; a generated suite's sizes are those of its `dataset_kwargs`.
 """
@@ -13,7 +13,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,31 +50,35 @@ def reach(info: SuiteInfo, data_dir: Path | None = None) -> Reach:
     if info.kind == "generated":
         sizes = (read_suite_file(info.path).get("dataset_kwargs") or {}).get("sizes") or {}
         return Reach(sizes.get(_SPLIT), source, "yes: generated here")
-    stem = (info.metadata.get("files") or {}).get(_SPLIT)
+    named = (info.metadata.get("files") or {}).get(_SPLIT) or []
+    stems = [named] if isinstance(named, str) else list(named)
     root = data_root(data_dir)
-    found = _file(root, stem)
+    found = _file(root, stems)
     if found is not None:
         return Reach(_lines(found), source, "yes: data folder")
     cached = _cached_rows(source, info.metadata.get("source_config"))
     # A folder that lacks the file is an error when the suite is loaded, whatever the cache holds.
-    if cached is not None and not (root is not None and stem and (root / stem).parent.is_dir()):
+    if cached is not None and not (root is not None and stems and (root / stems[0]).parent.is_dir()):
         return Reach(cached, source, "yes: datasets cache")
-    return Reach(None, source, _what_to_do(info, source, stem))
+    return Reach(None, source, _what_to_do(info, source, stems))
 
 
-def _what_to_do(info: SuiteInfo, source: str, stem: str | None) -> str:
-    ways = [f"put {stem}.jsonl[.gz] into a folder and name it with --data-dir"] if stem else []
-    if "/" in source:
+def _what_to_do(info: SuiteInfo, source: str, stems: Sequence[str]) -> str:
+    files = " and ".join(f"{stem}.jsonl[.gz]" for stem in stems)
+    ways = [f"put {files} into a folder and name it with --data-dir"] if stems else []
+    if "/" in source and info.metadata.get("hub", True):
         ways.append(
             f"ask for access to {source} and log in to the hub" if info.metadata.get("gated") else "use the hub"
         )
     return "no: " + (", or ".join(ways) or "see the suite file")
 
 
-def _file(root: Path | None, stem: str | None) -> Path | None:
-    if root is None or not stem:
+def _file(root: Path | None, stems: Sequence[str]) -> Path | None:
+    """Return the first of the files that a split needs, where all of them are there."""
+    if root is None:
         return None
-    return next((path for ending in _ENDINGS if (path := root / (stem + ending)).is_file()), None)
+    found = [next((p for ending in _ENDINGS if (p := root / (stem + ending)).is_file()), None) for stem in stems]
+    return found[0] if found and None not in found else None
 
 
 def _lines(path: Path) -> int | None:
