@@ -2,9 +2,9 @@
 
 Everything is read from the suite file, the data folder and the `datasets` cache as files, so that a list of suites
 loads neither a model nor a data library and asks no network. In `metadata.flashmem`, `files` gives the file of each
-split in a data folder (`test: gsm8k/test`, without its ending; a list where a split needs several) and `source` the hub id, with `source_config` where
-only one configuration holds the rows, `gated: true` where the hub asks for an account and `hub: false` where its copy
-cannot be loaded; a generated suite's sizes are those of its `dataset_kwargs`.
+split in a data folder (`test: gsm8k/test`, without its ending; a list where a split needs several) and `source` the hub
+id, with `source_config` where only one configuration holds the rows, `gated: true` where the hub asks for an account
+and `hub: false` where it has no copy that loads; a generated suite's sizes are those of its `dataset_kwargs`.
 """
 
 from __future__ import annotations
