@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flashmem_bench.errors import UsageError
 from flashmem_bench.grading import sandbox
 from flashmem_bench.grading.sandbox import Layer, Limits, available_names, run_program, try_layer
 
@@ -224,6 +225,60 @@ def test_a_file_without_tests_is_no_pass_under_pytest():
 
 
 # Who asks, and what may happen to them
+
+ASKING = """
+import sys
+from flashmem_bench.grading.sandbox import Limits, run_program
+files = {"program.py": "import os, time\\nos.fork()\\ntime.sleep(600)", "tests.py": ""}
+run_program(files, "script", Limits(wall_s=300.0), sys.argv[1])
+"""
+
+
+def test_a_program_does_not_outlive_who_asked_for_it(layer):
+    asking = psutil.Popen([sys.executable, "-c", ASKING, layer])
+    below: list[psutil.Process] = []
+    # The supervisor, the keeper, the program and its child at the least.
+    while len(below) < 4:
+        assert asking.poll() is None
+        below = asking.children(recursive=True)
+    asking.kill()
+    asking.wait()
+    _, alive = psutil.wait_procs(below, timeout=60)
+    assert alive == []
+
+
+def test_a_sandbox_that_cannot_start_is_an_error_and_no_grade(monkeypatch, layer):
+    monkeypatch.setattr(sandbox, "_BOOT", "import sys; sys.exit('no supervisor today')")
+    outcome = run(GOOD["program.py"], layer)
+    assert outcome.status == "error" and "no supervisor today" in outcome.detail
+
+
+def test_a_layer_says_what_it_lacks_and_which_were_passed_over(monkeypatch):
+    found = Layer("uid", True, ("no network",), ("PID namespace",))
+    answers = {"namespaces": "PermissionError", "user-namespaces": "no", "uid": found}
+    monkeypatch.setattr(sandbox, "try_layer", answers.__getitem__)
+    monkeypatch.setattr(sandbox, "available_names", lambda: tuple(answers))
+    layer = sandbox.active_layer.__wrapped__()
+    assert layer.sentence() == (
+        "uid, contained: no network; missing: PID namespace; not available: namespaces (PermissionError); "
+        "user-namespaces (no)"
+    )
+
+
+def test_programs_are_run_on_linux_only(monkeypatch):
+    monkeypatch.setattr(sandbox.sys, "platform", "darwin")
+    with pytest.raises(UsageError, match="on a Linux machine"):
+        run(GOOD["program.py"])
+
+
+@pytest.mark.parametrize(
+    ("ranges", "first", "last"),
+    [("0 0 4294967295", 0x70000000, 0x7FFFFFFF), ("0 1000 1\n1 100000 65536", 49153, 65536), ("0 1000 1", 0, 0)],
+)
+def test_the_user_of_a_program_is_one_that_exists_here(ranges, first, last, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda path: ranges)
+    assert all(first <= sandbox._free_uid() <= last for _ in range(50))
+
 
 NOBODY = 0x6FFFFF00
 UNPRIVILEGED = """

@@ -43,12 +43,13 @@ Status = Literal["passed", "failed", "timeout", "memory", "output", "error"]
 Kind = Literal["script", "pytest"]
 LayerName = Literal["namespaces", "user-namespaces", "uid", "none"]
 
-# A user that nobody else is, so that limits on a user's processes are limits on one program.
-_FIRST_UID = 0x70000000
+# Users that nobody else is, so that limits on a user's processes are limits on one program.
+_FIRST_UID, _UIDS = 0x70000000, 1 << 28
 # Beyond the deadline of the program: setting up, and killing what it left.
 _GRACE_S = 30.0
 _MARK = "FLASHMEM_SANDBOX"
-_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from jail.supervisor import main; main()"
+# At the end of the path: a module there may be called like one of the standard library.
+_BOOT = "import sys; sys.path.append(sys.argv[1]); from jail.supervisor import main; main()"
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ def active_layer() -> Layer:
     Raises:
         UsageError: This is not Linux.
     """
+    _require_linux()
     refused: list[str] = []
     for name in available_names():
         layer = try_layer(name)
@@ -148,6 +150,11 @@ def active_layer() -> Layer:
             return dataclasses.replace(layer, passed_over=tuple(refused))
         refused.append(f"{name} ({layer})")
     raise UsageError(f"programs cannot be run here even without protection: {'; '.join(refused)}")
+
+
+def _require_linux() -> None:
+    if not sys.platform.startswith("linux"):
+        raise UsageError("programs are run on Linux only; grade code suites on a Linux machine")
 
 
 def available_names() -> tuple[LayerName, ...]:
@@ -231,21 +238,21 @@ print(json.dumps({
 
 def _run(files: Mapping[str, str], kind: Kind, limits: Limits, layer: LayerName) -> dict[str, Any]:
     """Run a program and return the supervisor's report."""
-    if not sys.platform.startswith("linux"):
-        raise UsageError("programs are run on Linux only; grade code suites on a Linux machine")
+    _require_linux()
     mark = f"{os.getpid()}-{secrets.token_hex(8)}"
     # In namespaces the program gets a file system of its own there.
     folder = "/tmp" if "namespaces" in layer else tempfile.mkdtemp(prefix="flashmem-sandbox-")
-    started = time.monotonic()
+    job, started, report = _job(files, kind, limits, layer, folder, mark), time.monotonic(), None
     try:
-        report = _supervised(_job(files, kind, limits, layer, folder, mark), limits.wall_s + _GRACE_S)
+        report = _supervised(job, limits.wall_s + _GRACE_S)
     finally:
-        if layer == "none":
+        # Where the supervisor could be killed by the program, or was by somebody, it has cleaned up nothing.
+        if layer == "none" or report is None or report["status"] == "error":
             _kill_marked(mark)
         if "namespaces" not in layer:
             _remove(Path(folder))
         if layer == "uid":
-            _remove_owned(_own_uid())
+            _remove_owned(job["uid"])
     return {"seconds": time.monotonic() - started, **report}
 
 
@@ -263,7 +270,7 @@ def _job(
         "layer": layer,
         "limits": dataclasses.asdict(limits),
         "folder": folder,
-        "uid": _own_uid() if root and layer != "none" else None,
+        "uid": _free_uid() if root and layer != "none" else None,
         "others": 0 if root or _counts_apart(layer) else _own_tasks(),
         "hidden": [home] if os.path.isdir(home) and home != "/" else [],
         "interpreter": interpreter,
@@ -284,8 +291,13 @@ def _job(
     }
 
 
-def _own_uid() -> int:
-    return _FIRST_UID + os.getpid()
+def _free_uid() -> int:
+    """Return the number of a user that nobody is, from the upper end of what this user namespace has."""
+    ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    first, _, count = max(ranges, key=lambda entry: entry[2])
+    if first <= _FIRST_UID and _FIRST_UID + _UIDS < first + count:
+        return _FIRST_UID + secrets.randbelow(_UIDS)
+    return first + count - 1 - secrets.randbelow(max(1, count // 4))
 
 
 def _counts_apart(layer: LayerName) -> bool:
