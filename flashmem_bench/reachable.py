@@ -64,10 +64,9 @@ def reach(info: SuiteInfo, data_dir: Path | None = None) -> Reach:
 
 def _what_to_do(info: SuiteInfo, source: str, stem: str | None) -> str:
     ways = [f"put {stem}.jsonl[.gz] into a folder and name it with --data-dir"] if stem else []
-    if "/" in source:
-        ways.append(
-            f"ask for access to {source} and log in to the hub" if info.metadata.get("gated") else "use the hub"
-        )
+    if "/" in source and info.metadata.get("hub", True):
+        gated = f"ask for access to {source} and log in to the hub"
+        ways.append(gated if info.metadata.get("gated") else "use the hub")
     return "no: " + (", or ".join(ways) or "see the suite file")
 
 
