@@ -111,9 +111,7 @@ def test_tables_name_every_method_and_suite() -> None:
     listed = re.findall(r"`(-?[a-z0-9][a-z0-9-]*)`", README.split("## Methods")[1].split("## Suites")[0])
     full = {f"flashmem{name}" if name.startswith("-") else name for name in listed}
     assert set(registry.METHODS) <= full
-    named = set(
-        re.findall(
-            r"^\| `([a-z0-9_-]+)` \|", README.split("## Suites")[1].split("## Add a method")[0], flags=re.MULTILINE
-        )
-    )
+    section = README.split("## Suites")[1].split("## Add a method")[0]
+    cells = re.findall(r"^\| ((?:`[a-z0-9_-]+`(?:, )?)+) \|", section, flags=re.MULTILINE)
+    named = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
     assert {info.name for info in list_suites()} == named
