@@ -241,10 +241,13 @@ def test_a_program_does_not_outlive_who_asked_for_it(layer):
     while len(below) < 4:
         assert asking.poll() is None
         below = asking.children(recursive=True)
+    folder = below[-1].environ()["HOME"]
     asking.kill()
     asking.wait()
     _, alive = psutil.wait_procs(below, timeout=60)
     assert alive == []
+    # In namespaces it is a folder in memory, which went with them.
+    assert folder == "/tmp" or not Path(folder).exists()
 
 
 def test_a_sandbox_that_cannot_start_is_an_error_and_no_grade(monkeypatch, layer):

@@ -26,7 +26,6 @@ import os
 import platform
 import secrets
 import selectors
-import site
 import subprocess
 import sys
 import tempfile
@@ -38,6 +37,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from flashmem_bench.errors import UsageError
+from flashmem_bench.grading.jail.folders import clear
 
 Status = Literal["passed", "failed", "timeout", "memory", "output", "error"]
 Kind = Literal["script", "pytest"]
@@ -249,10 +249,7 @@ def _run(files: Mapping[str, str], kind: Kind, limits: Limits, layer: LayerName)
         # Where the supervisor could be killed by the program, or was by somebody, it has cleaned up nothing.
         if layer == "none" or report is None or report["status"] == "error":
             _kill_marked(mark)
-        if "namespaces" not in layer:
-            _remove(Path(folder))
-        if layer == "uid":
-            _remove_owned(job["uid"])
+        clear(job["layer"], job["folder"], job["uid"])
     return {"seconds": time.monotonic() - started, **report}
 
 
@@ -275,7 +272,7 @@ def _job(
         "hidden": [home] if os.path.isdir(home) and home != "/" else [],
         "interpreter": interpreter,
         "prefix": str(Path(interpreter).parent.parent),
-        "packages": [path for path in site.getsitepackages() if os.path.isdir(path)],
+        "packages": _packages(),
         "wrapper": (Path(__file__).parent / "jail" / "program.py").read_text(encoding="utf-8"),
         "environment": {
             "PATH": "/usr/bin:/bin",
@@ -289,6 +286,12 @@ def _job(
             **loader,
         },
     }
+
+
+def _packages() -> list[str]:
+    """Return the folders of installed packages from which this process imports, those of the user included."""
+    names = ("site-packages", "dist-packages")
+    return [path for path in dict.fromkeys(sys.path) if os.path.basename(path) in names and os.path.isdir(path)]
 
 
 def _free_uid() -> int:
@@ -382,40 +385,3 @@ def _kill_marked(mark: str) -> None:
                 os.kill(int(folder.name), 9)
         except OSError:
             continue
-
-
-def _remove_owned(uid: int) -> None:
-    """Remove what a user that exists for one program alone has left in the folders open to everybody."""
-    for folder in {tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"}:
-        for path in Path(folder).glob("*"):
-            if path.lstat().st_uid == uid:
-                path.unlink() if path.is_symlink() or not path.is_dir() else _remove(path)
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder whose owner is gone, however deep it is: step by step, since a path could be too long."""
-    names, current = [""], os.open(folder, os.O_RDONLY)
-    while names:
-        below = _empty(current)
-        if below is not None:
-            os.chmod(below, 0o700, dir_fd=current, follow_symlinks=True)
-        name = below if below is not None else names.pop()
-        step = os.open(below if below is not None else "..", os.O_RDONLY, dir_fd=current)
-        os.close(current)
-        current = step
-        if below is not None:
-            names.append(below)
-        elif names:
-            os.rmdir(name, dir_fd=current)
-    os.close(current)
-    os.rmdir(folder)
-
-
-def _empty(current: int) -> str | None:
-    """Remove the files of an open folder up to its first folder, which is returned."""
-    with os.scandir(current) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                return entry.name
-            os.unlink(entry.name, dir_fd=current)
-    return None

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import kernel
+from .folders import clear
 
 _TICK_S = 0.05
 # Between the limit's warning, which ends a program, and the kernel's kill.
@@ -48,6 +49,10 @@ def main() -> None:
     left = _kill_descendants()
     if left:
         report = {"status": "error", "detail": f"{left} processes could not be ended"}
+    try:
+        clear(job["layer"], job["folder"], job["uid"])
+    except OSError as error:
+        report = {"status": "error", "detail": f"the program's folder could not be removed: {error}"}
     report["seconds"] = time.monotonic() - started
     os.write(1, (json.dumps(report) + "\n").encode())
 
