@@ -80,7 +80,7 @@ class FlashMemLM(LM):
         method: Name of the method.
         suite: Whose memory and threshold are used for every task; by default each task's own.
         checkpoint: Trained memory, a folder or a hub id; by default the usual search.
-        device: Torch device, or auto.
+        device: Torch device, or auto; lm-eval's command line says cuda:0 unasked, so without a GPU that means auto.
         dtype: Name of a torch dtype, or auto.
         settings: Dotted `--set` keys and values, or the same as text, `key=value` separated by semicolons.
         results_dir: Where trained memories and thresholds are.
@@ -123,7 +123,7 @@ class FlashMemLM(LM):
             seed=int(seed),
             # lm-eval's "auto" looks for what fits; one always does.
             batch_size=1 if batch_size == "auto" else int(batch_size),
-            device=device or "auto",
+            device=_device(device),
             dtype=dtype,
             data_dir=Path(data_dir) if data_dir else None,
             results_dir=Path(results_dir),
@@ -277,6 +277,12 @@ class FlashMemLM(LM):
             return self.session.suite(name)
         info = _info(name)
         return TaskOfOthers(name, generation, memory_defaults(info.metadata) if info else {})
+
+
+def _device(device: str | None) -> str:
+    import torch
+
+    return "auto" if device is None or (device == "cuda:0" and not torch.cuda.is_available()) else device
 
 
 def _info(name: str) -> SuiteInfo | None:

@@ -1,12 +1,11 @@
 """Suites in action: documents, prompts, filters and metrics through lm-eval's own Task objects.
 
-This is the only file that imports lm-eval. It loads one task file by its path, never lm-eval's index of
-fourteen thousand, and turns it into a `Suite`: samples in a fixed order, rendered one by one when they are
-looked at, and grades that are exactly what lm-eval's filters and `process_results` say. The generation
-loop, the timing and the averages are not here.
+With `lm_eval_model`, this is the only file that imports lm-eval. It loads one task file by its path, never
+lm-eval's index of fourteen thousand, and turns it into a `Suite`: samples in a fixed order, rendered one by one when
+they are looked at, and grades that are exactly what lm-eval's filters and `process_results` say. The generation loop,
+the timing and the averages are not here.
 
-Invariants: the same file and data give the same samples and the same `content_hash` in every process; an
-    error of the
+Invariants: the same file and data give the same samples and the same `content_hash` in every process; an error of the
 data or the file is a `DataError` with the next step; Jinja templates run in a sandbox, whoever wrote them.
 """
 

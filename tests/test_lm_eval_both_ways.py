@@ -231,7 +231,8 @@ def test_a_placebo_takes_its_memories_from_the_suite(bench, results, monkeypatch
 
 
 def test_simple_evaluate_finds_the_model_by_name(bench, results):
-    arguments = {"model": str(bench.model), "method": "vanilla", "results_dir": str(results)}
+    # The device is what lm-eval's command line gives unasked.
+    arguments = {"model": str(bench.model), "method": "vanilla", "results_dir": str(results), "device": "cuda:0"}
     found = lm_eval.simple_evaluate(
         model="flashmem", model_args=arguments, tasks=["flashmem_hops"], limit=1, bootstrap_iters=0,
         task_manager=TaskManager(include_path=str(suites_dir()), include_defaults=False),
