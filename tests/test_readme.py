@@ -94,15 +94,17 @@ def test_method_example(data_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: 
 
 
 def test_suite_example(data_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (yaml,) = blocks("yaml")
+    ((yaml,), (rows,)) = blocks("yaml"), blocks("json")
     assert len(yaml.splitlines()) < 40
-    Path("capitals.yaml").write_text(yaml)
-    Path("capitals").mkdir()
-    rows = [{"country": f"Country {n}", "capital": f"Town {n}"} for n in range(6)]
-    for split in ("train", "test"):
-        Path("capitals", f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code = run_command(["run", "--suite", "./capitals.yaml", "--method", "vanilla", "--limit", "3", "--quiet"])
-    assert code == 0, capfd.readouterr().err
+    Path("mine").mkdir()
+    Path("mine", "sums.yaml").write_text(yaml)
+    Path("mine", "sums.jsonl").write_text(rows)
+    (line,) = [line for block in blocks("console") for line in block.splitlines() if "mine/sums.yaml" in line]
+    code = run_command([*shlex.split(line.removeprefix("$ flashmem-bench ")), "--json"])
+    found = capfd.readouterr()
+    assert code == 0, found.err
+    cells = json.loads(found.out.splitlines()[-1])["cells"]
+    assert [(cell["method"], cell["samples"]) for cell in cells] == [("vanilla", 2), ("flashmem", 2)]
 
 
 def test_tables_name_every_method_and_suite() -> None:
