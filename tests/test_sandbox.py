@@ -236,14 +236,17 @@ run_program(files, "script", Limits(wall_s=300.0), sys.argv[1])
 
 def test_a_program_does_not_outlive_who_asked_for_it(layer):
     asking = psutil.Popen([sys.executable, "-c", ASKING, layer])
-    below: list[psutil.Process] = []
-    # The supervisor, the keeper, the program and its child at the least.
-    while len(below) < 4:
-        assert asking.poll() is None
-        below = asking.children(recursive=True)
-    folder = below[-1].environ()["HOME"]
-    asking.kill()
-    asking.wait()
+    mark, inside = f"FLASHMEM_SANDBOX={asking.pid}-".encode(), []
+    try:
+        # The program and its child.
+        while len(inside) < 2:
+            assert asking.poll() is None
+            below = asking.children(recursive=True)
+            inside = [process for process in below if marked(Path("/proc", str(process.pid)), mark)]
+        folder = inside[0].environ()["HOME"]
+    finally:
+        asking.kill()
+        asking.wait()
     _, alive = psutil.wait_procs(below, timeout=60)
     assert alive == []
     # In namespaces it is a folder in memory, which went with them.

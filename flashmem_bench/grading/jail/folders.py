@@ -30,7 +30,8 @@ def remove_owned(uid: int, folders: set[str]) -> None:
 def remove(folder: Path) -> None:
     """Remove a folder whose owner is gone, however deep it is: step by step, since a path could be too long."""
     os.chmod(folder, 0o700)
-    names, current = [], os.open(folder, os.O_RDONLY)
+    names: list[str] = []
+    current = os.open(folder, os.O_RDONLY)
     while (below := _empty(current)) is not None or names:
         if below is not None:
             os.chmod(below, 0o700, dir_fd=current)
