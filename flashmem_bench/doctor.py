@@ -121,8 +121,7 @@ def _suites() -> Iterator[Check]:
 def _data(data_dir: Path | None) -> Iterator[Check]:
     from flashmem_bench.suites import list_suites
 
-    needed = [info.metadata.get("data") or [info.name] for info in list_suites() if info.kind == "real"]
-    real = sorted({folder for folders in needed for folder in folders})
+    real = [info.name for info in list_suites() if info.kind == "real"]
     folder = data_dir or (Path(os.environ["FLASHMEM_DATA"]) if os.environ.get("FLASHMEM_DATA") else None)
     if folder is None:
         yield Check(

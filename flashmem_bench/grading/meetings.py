@@ -1,4 +1,4 @@
-"""Grading summaries of a meeting by ROUGE with stemming, sentences one a line for Lsum."""
+"""Grading summaries of a meeting by ROUGE with the Porter stemmer; for ROUGE-Lsum each line is a sentence."""
 
 from __future__ import annotations
 
