@@ -106,6 +106,19 @@ def test_a_fixed_history_is_paid_for_once(run, suite: str) -> None:
             assert row["positions_encoded"] < first["positions_encoded"] / 2
 
 
+def test_the_table_of_runs_says_what_was_spared(run, tmp_path) -> None:
+    from flashmem_bench.report.tables import build_tables
+
+    kept, whole_prompts = run("qmsum-session"), run("qmsum-session", prefix_reuse=False)
+    table = build_tables(ResultStore(tmp_path / "results"))["runs"].set_index("cell")
+    reused, encoded_ = (sum(row[f"positions_{kind}"] for row in kept.rows) for kind in ("reused", "encoded"))
+    assert table.loc[kept.cell, "reused_share"] == pytest.approx(reused / (reused + encoded_))
+    assert table.loc[whole_prompts.cell, "reused_share"] == 0.0
+    assert table.loc[kept.cell, "positions_encoded_mean"] == pytest.approx(encoded_ / len(kept.rows))
+    # They are never laid side by side as if nothing but the method differed.
+    assert "prefix_reuse=" in table.loc[kept.cell, "settings"]
+
+
 def test_a_growing_history_is_encoded_once_in_all(run) -> None:
     rows = [row for row in run("babi-session", limit=5).rows if row["session_id"] == "qa1-0001"]
     assert len(rows) == 5 and [row["prefix_reused"] for row in rows] == [False, True, True, True, True]

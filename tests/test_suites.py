@@ -21,9 +21,7 @@ from flashmem_bench.tasks import load_suite
 from flashmem_bench.thresholds import spread
 
 NAMES = ["babi", "gsm8k", "hops", "hops-list", "recall", "wordmath"]
-# Tested in test_long_suites.py.
-LONG = ["babi-long", "babi-session", "hops-long", "locomo", "locomo-adversarial", "qmsum-session", "recall-long"]
-GENERATED = ["hops", "hops-list", "hops-long", "recall", "recall-long", "wordmath"]
+GENERATED = ["hops", "hops-list", "recall", "wordmath"]
 SPLITS = ["test", "calibration", "validation", "train"]
 
 

@@ -73,6 +73,8 @@ def phase_block(rows: Sequence[Record]) -> Record:
         "trigger_recall": mean(values(rows, "trigger_recall")),
         "prompt_tokens_mean": mean(values(rows, "prompt_tokens")),
         "output_tokens_mean": mean(values(rows, "output_tokens")),
+        "positions_encoded_mean": mean(values(rows, "positions_encoded")),
+        "reused_share": reused_share(rows),
         "e2e_ms_p95": stats.percentile(values(rows, "e2e_ms"), 95),
         "e2e_ms_p99": stats.percentile(values(rows, "e2e_ms"), 99),
         "ttft_ms_median": stats.percentile(values(rows, "ttft_ms"), 50),
@@ -84,6 +86,13 @@ def phase_block(rows: Sequence[Record]) -> Record:
         "harness_share": harness / wall if wall > 0 else None,
         "peak_alloc_bytes": max(values(rows, "peak_alloc_bytes"), default=None),
     }
+
+
+def reused_share(rows: Sequence[Record]) -> float | None:
+    """Share of the positions of sessions that a kept history spared; null where no sample belongs to one."""
+    asked = [row for row in rows if row.get("session_id") is not None and row.get("positions_encoded") is not None]
+    reused = sum(row["positions_reused"] for row in asked)
+    return reused / (reused + sum(row["positions_encoded"] for row in asked)) if asked else None
 
 
 def clusters(rows: Sequence[Record]) -> list[Any]:
