@@ -63,6 +63,7 @@ class TaskOfOthers:
     bad_rows: int = 0
     primary_metric: str = ""
     calibrate_by: str | None = None
+    prefix_field: str | None = None
 
     def samples(self, split: str = "test") -> Sequence[Sample]:
         """Refuse: the documents are lm-eval's."""

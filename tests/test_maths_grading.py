@@ -266,7 +266,7 @@ def test_a_timeout_of_the_models_own_program_is_a_score_of_zero(suite, monkeypat
 
     monkeypatch.setattr(suite.task, "process_results", late)
     grade = suite.grade(suite.samples()[0], "x")
-    assert grade == Grade(0.0, "timeout", {}, None, counts=True)
+    assert grade == Grade(0.0, "timeout", {suite.primary_metric: 0.0}, None, counts=True)
     assert grade_columns(grade, scored=True, valid=True)["score"] == 0.0
 
 
