@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +22,18 @@ def doctor(
     timing: Annotated[
         bool, typer.Option("--timing", help="Time methods against themselves: can the times here be trusted?")
     ] = False,
+    gold: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--gold",
+            help="Grade the right answers of these suites: does each get the full score?",
+            metavar="S",
+            show_default=False,
+        ),
+    ] = None,
+    limit: o.Limit = None,
+    allow_code_execution: o.AllowCode = False,
+    allow_uncontained_code: o.AllowUncontained = False,
     model: o.Model = "flashmem-tiny",
     device: o.Device = "auto",
     dtype: o.DType = "auto",
@@ -32,6 +46,9 @@ def doctor(
     o.set_up_logging(debug)
     if determinism:
         return _determinism(model, device, dtype, json=json)
+    if gold:
+        allowed = {"allow_code": allow_code_execution, "allow_uncontained": allow_uncontained_code}
+        return _gold(o.known_suites(gold), data_dir, o.count(limit, "--limit"), allowed, json=json)
     if timing:
         return _timing(model, device, dtype, json=json)
     from flashmem_bench.doctor import examine
@@ -90,3 +107,24 @@ def _timing(model: str, device: str, dtype: str, *, json: bool) -> int:
             for sentence, fine in check.findings():
                 print(f"{check.method}: {sentence}: {'ok' if fine else 'not ok'}")
     return 0 if all(fine for check in found for _, fine in check.findings()) else 1
+
+
+def _gold(
+    suites: Sequence[str], data_dir: Path | None, limit: int | None, allowed: dict[str, bool], *, json: bool
+) -> int:
+    """Grade the suites' own right answers; exit code 1 where one is refused."""
+    from flashmem_bench.gold import grade_targets
+    from flashmem_bench.grading.code import permit_code
+    from flashmem_bench.suites import find_suite
+    from flashmem_bench.tasks import load_suite
+
+    for name in suites:
+        permit_code(find_suite(name), *allowed.values())
+    found = [grade_targets(load_suite(name, data_dir=data_dir, **allowed), limit) for name in suites]
+    if json:
+        o.emit_json([dataclasses.asdict(check) for check in found])
+    else:
+        for check in found:
+            tail = f"; not {', '.join(check.refused)}" if check.refused else ""
+            print(f"{check.suite}: {check.right} of {check.samples} right answers get the full score{tail}")
+    return 1 if any(check.refused for check in found) else 0
