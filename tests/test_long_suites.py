@@ -147,7 +147,7 @@ def test_lengths_are_kept_and_have_their_own_strata(name, suite) -> None:
 
 
 def test_names_of_lengths() -> None:
-    assert [length_name(tokens) for tokens in (0, 1000, 1024, 131072)] == ["0k", "1000", "1k", "128k"]
+    assert [length_name(tokens) for tokens in (0, 1000, 1024, 131072)] == ["0", "1000", "1k", "128k"]
 
 
 def test_the_questions_of_babi_long_are_the_same_at_every_length(suite) -> None:

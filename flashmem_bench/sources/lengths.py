@@ -47,7 +47,7 @@ def _is_length(value: Any) -> bool:
 
 def length_name(tokens: int) -> str:
     """Return how a length is called as a stratum, such as `4k`."""
-    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
+    return f"{tokens // 1024}k" if tokens and tokens % 1024 == 0 else str(tokens)
 
 
 def in_turn(suite: str, lengths: Sequence[int], rows: int, draw: Callable[[str, int, int], Doc]) -> Splits:
