@@ -179,22 +179,30 @@ def measure_context(
         observed = {arm.name: observer_times(backbone, arm, protocol, prompt, clock) for arm in arms}
     _fill_peaks(backbone, arms, protocol, prompt, rows)
     found = [_compare(backbone, arms, context, a, b, measured, protocol) for a, b in pairs]
-    gaps = [abs(row["unaccounted_share"]) for row in rows]
     record = {
         "context": context,
         "started_at": started,
         "seed": seed,
-        "order": [row["method"] for row in rows],
         "stopped": reason or f"{stop.most_runs} runs",
         "warm_up_runs": warm,
-        "observer_ratio": {name: list(geometric_mean_ratio(*times)) for name, times in observed.items()},
-        "observer_ratio_of_all": list(_pooled(list(observed.values()))),
-        "largest_unaccounted_share": max(gaps),
         "before": before,
         "after": snapshot(str(backbone.device)),
         "ceilings": asdict(ceilings) if ceilings else None,
+        **_about_the_harness(rows, observed),
     }
     return Block(rows, found, record)
+
+
+def _about_the_harness(
+    rows: Sequence[dict[str, Any]], observed: Mapping[str, tuple[list[float], list[float]]]
+) -> dict[str, Any]:
+    """In which order the methods ran, what observing them cost, and how much of a run lay in no phase."""
+    return {
+        "order": [row["method"] for row in rows],
+        "observer_ratio": {name: list(geometric_mean_ratio(*times)) for name, times in observed.items()},
+        "observer_ratio_of_all": list(_pooled(list(observed.values()))),
+        "largest_unaccounted_share": max(abs(row["unaccounted_share"]) for row in rows),
+    }
 
 
 def compared(methods: Sequence[str]) -> list[tuple[str, str]]:
