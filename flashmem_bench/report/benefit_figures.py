@@ -11,6 +11,9 @@ from flashmem_bench.report.cells import VANILLA
 from flashmem_bench.report.figures import Drawing, file_name
 from flashmem_bench.report.style import BLUE, GREY, VERMILLION, canvas, caption, look, save
 
+# A bar of a comparison alone is not as high as the figure.
+_LEAST_ROWS = 4
+
 
 def draw_benefit(comparisons: pd.DataFrame, runs: pd.DataFrame, folder: Path) -> list[Drawing]:
     """Draw every suite that has comparisons with vanilla."""
@@ -47,9 +50,10 @@ def _fixed_and_broken(axes: Axes, rows: pd.DataFrame, names: list[str]) -> None:
               height=0.7)  # fmt: skip
     axes.axvline(0, color=GREY, linewidth=1)
     axes.set_yticks(places, names, fontsize=6.5)
+    axes.set_ylim(-0.7, max(len(rows), _LEAST_ROWS) - 0.3)
     axes.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
     axes.set_xlabel("samples with a lower and a higher score")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right")
 
 
 def _rate_and_benefit(axes: Axes, rows: pd.DataFrame, cells: pd.DataFrame) -> None:

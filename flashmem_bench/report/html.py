@@ -144,6 +144,7 @@ def _group(rows: list[Context], verdicts: dict[str, str]) -> Context:
         "marked": marked,
         "failures": any(say.known(row["error_rate"]) and row["error_rate"] > 0 for row in rows),
         "published": any(say.known(row["published_score"]) for row in rows),
+        "reused": any(say.known(row["reused_share"]) and row["reused_share"] > 0 for row in rows),
         "rows": [_run_row(row, verdicts.get(row["cell"], "")) for row in rows],
     }
 
@@ -167,6 +168,7 @@ def _run_row(row: Context, verdict: str) -> Context:
         "failed": say.share(row["error_rate"]),
         "precision": say.share(row["trigger_precision"]),
         "recall": say.share(row["trigger_recall"]),
+        "reused": f"{say.number(row['positions_encoded_mean'])} / {say.share(row['reused_share'])}",
         "same": _same(row),
     }
 

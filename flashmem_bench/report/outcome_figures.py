@@ -11,6 +11,8 @@ from flashmem_bench.report.figures import Drawing, file_name
 from flashmem_bench.report.style import BLUE, DARK, FAINT, GREY, ORANGE, PURPLE, VERMILLION, canvas, caption, save
 
 RIGHT = "right"
+# A bar of a method alone is not as high as the figure.
+_LEAST_ROWS = 3
 # In the order in which they are drawn.
 STATES: Mapping[str, tuple[str, str]] = {
     RIGHT: (BLUE, ""),
@@ -66,13 +68,11 @@ def _draw(suite: str, cells: Sequence[Cell], differences: Mapping[str, str], fol
             axes.barh(places, widths, left=left, color=color, hatch=hatch, edgecolor="white", label=state, height=0.75)
             left = [start + width for start, width in zip(left, widths, strict=True)]
         axes.set_yticks(places, names, fontsize=6.5)
-        axes.set_ylim(-0.7, len(cells) - 0.3)
+        axes.set_ylim(-0.7, max(len(cells), _LEAST_ROWS) - 0.3)
         axes.set_xlim(0, 100)
         axes.set_xlabel("% of all points")
-        figure.legend(loc="outside lower center", ncols=4)
-        footnote = (
-            "a graded sample is right by its score; wrong, no answer and cut score alike and mean different things"
-        )
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+        footnote = "a graded sample is right by its score; points are lost alike for reasons that mean different things"
         caption(figure, f"{suite}: how answers ended", footnote, cpu_timed=False)
         svg = save(figure, folder, f"outcomes-{file_name(suite)}")
     return Drawing("outcomes", suite, svg, "How answers ended, by method: points won, and why the others were lost.")
