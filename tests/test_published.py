@@ -86,3 +86,11 @@ def test_outcomes_are_drawn_for_every_suite(tmp_path: Path) -> None:
     make_results(tmp_path, suites=["hops", "wordmath"], methods=["vanilla", "flashmem"], n=40)
     names = {path.name for path in build_report(tmp_path).figures}
     assert {"outcomes-hops.svg", "outcomes-wordmath.png"} <= names
+
+
+def test_the_page_says_what_a_kept_history_spared(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    add_cell(store, "hops", "vanilla", 12, session_id="one", positions_reused=60, positions_encoded=20)
+    page = build_report(tmp_path).html.read_text()
+    assert "<th>positions / reused</th>" in page and "<td>20.0 / 75 %</td>" in page
+    assert "No claim has its cells here yet." in page
