@@ -1,16 +1,18 @@
 """Our graders against lm-eval's on the same texts, sample by sample: where they part, and how often.
 
-    FLASHMEM_DATA=... python -m tests.parity.grader_agreement gsm8k arc_challenge math
+    FLASHMEM_DATA=... python -m tests.parity.grader_agreement gsm8k arc_challenge math humaneval
 
 The texts are made from the right answers of real data: each in the forms that models use, and wrong ones. Every kind of
 text on which the two disagree is printed with its count and both grades, so that each difference can be explained.
-lm-eval's `minerva_math` needs antlr4-python3-runtime 4.11.
+lm-eval's `minerva_math` needs antlr4-python3-runtime 4.11; its `humaneval` takes the metric `code_eval` from the hub or
+from a folder that CODE_EVAL names, and runs programs without a sandbox.
 """
 
 from __future__ import annotations
 
 import collections
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +25,7 @@ from flashmem_bench.tasks import load_suite
 
 Grades = Iterator[tuple[str, float, float]]
 _MATH_EVERY = 5
+_NEXT_LINE = r"\nclass|\ndef|\n#|\nif|\nprint"
 
 
 def lm_eval_task(name: str) -> Any:
@@ -117,10 +120,42 @@ def _formula_texts(gold: str) -> dict[str, str]:
     }  # fmt: skip
 
 
+def humaneval(metric: str) -> Grades:
+    """HumanEval against the metric of lm-eval's task, which goes on with the prompt up to the next function."""
+    os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    import evaluate
+
+    suite = load_suite("humaneval", allow_code=True)
+    samples = list(suite.samples())
+    asked = [
+        (sample, kind, text)
+        for sample, other in zip(samples, samples[7:] + samples[:7], strict=True)
+        for kind, text in _program_texts(sample.doc, other.doc).items()
+    ]
+    _, found = evaluate.load(os.environ.get("CODE_EVAL", "code_eval")).compute(
+        references=[sample.doc["tests"] for sample, _, _ in asked],
+        predictions=[[sample.doc["question"] + re.split(_NEXT_LINE, text)[0]] for sample, _, text in asked],
+        k=[1], num_workers=2, timeout=10.0,
+    )  # fmt: skip
+    for number, (sample, kind, text) in enumerate(asked):
+        yield kind, suite.grade(sample, text).metrics[metric], float(found[number][0][1]["passed"])
+
+
+def _program_texts(doc: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, str]:
+    body = doc["solution"].removeprefix(doc["question"])
+    return {
+        "body": body, "more behind it": f"{body}\n\ndef helper():\n    return 1\n", "none": "    return None\n",
+        "another's body": other["solution"].removeprefix(other["question"]), "syntax error": f"{body.rstrip()} ) \n",
+        "cut off": body[: len(body) * 2 // 3], "empty": "", "prose": "I would sort the list.",
+        "fenced": f"Here:\n```python\n{doc['question']}{body}\n```\n",
+    }  # fmt: skip
+
+
 COMPARED: Mapping[str, tuple[Callable[[str], Grades], tuple[str, ...]]] = {
     "gsm8k": (gsm8k, ("exact_match,strict-match", "exact_match,flexible-extract")),
     "arc_challenge": (arc_challenge, ("exact_match,choice",)),
     "math": (math, ("exact_match,flexible-extract", "exact_match,boxed")),
+    "humaneval": (humaneval, ("pass_at_1,program",)),
 }
 
 
