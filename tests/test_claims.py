@@ -241,7 +241,11 @@ def test_compare_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert command(line) == 0
     out = capsys.readouterr().out
     assert "60.0 % against vanilla 50.0 % on 400 samples" in out
-    assert "40 answers fixed, 0 broken, of 400" in out and "no worse by more than 2.0 %: yes" in out
+    assert (
+        "40 answers fixed, 0 broken, of 400; " in out
+        and "equal texts" in out
+        and "no worse by more than 2.0 %: yes" in out
+    )
     assert "CPU timing" in out
     assert command([*line, "--json"]) == 0
     (document,) = json.loads(capsys.readouterr().out.splitlines()[-1])

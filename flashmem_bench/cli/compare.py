@@ -65,7 +65,8 @@ def describe(found: dict[str, Any]) -> str:
         f"{found['suite']}: {found['a']} {say.percent(found['score_a'])} against {found['b']} "
         f"{say.percent(found['score_b'])} on {found['n']} samples{'; ' + ', '.join(seeds) if seeds else ''}",
         f"  difference {say.points(*found['difference'])} points (95 %, paired), p = {say.p_value(found['p_value'])}",
-        f"  {found['fixed']} answers fixed, {found['broken']} broken, of {found['pairs']}",
+        f"  {found['fixed']} answers fixed, {found['broken']} broken, of {found['pairs']}; "
+        f"{found['same_text']} equal texts",
     ]
     if found["minimum_detectable"] is not None:
         detectable = say.points(found["minimum_detectable"])

@@ -54,7 +54,8 @@ def compare_arms(a: Arm, b: Arm, margin: float | None = None, *, unequal: bool =
     found = difference(a, b)
     if found is None:
         raise BenchError(f"{a.first.method} and {b.first.method} have no scored sample in common")
-    pairs = _row_pairs(a, b)
+    samples = _sample_pairs(a, b)
+    pairs = [(run.by_sample[name], other.by_sample[name]) for run, other, name in samples]
     changed = [valid_score(x) - valid_score(y) for x, y in pairs]  # type: ignore[operator]
     discordant = sum(change != 0 for change in changed) / len(changed)
     document = {
@@ -74,6 +75,7 @@ def compare_arms(a: Arm, b: Arm, margin: float | None = None, *, unequal: bool =
         "fixed": sum(change > 0 for change in changed),
         "broken": sum(change < 0 for change in changed),
         "pairs": len(changed),
+        "same_text": sum(_same_text(*sample) for sample in samples),
         "minimum_detectable": stats.minimum_detectable_difference(found.n, discordant) if discordant else None,
         "time_ratio": _ratio(pairs, "e2e_ms"),
         "decode_time_ratio": _ratio(pairs, "decode_ms"),
@@ -85,17 +87,21 @@ def compare_arms(a: Arm, b: Arm, margin: float | None = None, *, unequal: bool =
     return document
 
 
-def _row_pairs(a: Arm, b: Arm) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Rows of the same sample, run by run: by training seed where both have the same memories, else with b's first."""
+def _sample_pairs(a: Arm, b: Arm) -> list[tuple[Cell, Cell, str]]:
+    """Scored samples, run by run: by training seed where both have the same memories, else with b's first."""
     twins = share_memory(a, b)
     partners = [(run, b.runs.get(seed) if twins else b.first) for seed, run in a.runs.items()]
     return [
-        (row, other.by_sample[name])
+        (run, other, name)
         for run, other in partners
         if other is not None
         for name, row in run.by_sample.items()
         if name in other.by_sample and None not in (valid_score(row), valid_score(other.by_sample[name]))
     ]
+
+
+def _same_text(run: Cell, other: Cell, name: str) -> bool:
+    return run.texts[name]["text"] == other.texts[name]["text"]
 
 
 def _ratio(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], column: str) -> list[float]:
