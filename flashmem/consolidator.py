@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from flashmem import monitor
-from flashmem.backbone import Backbone, DecodeState
+from flashmem.backbone import Backbone
 from flashmem.memory import MemoryConfig, MemoryContext, MemorySource
+from flashmem.state import DecodeState
 
 KeysValues = Callable[[int], tuple[Tensor, Tensor]]
 
@@ -213,7 +214,7 @@ class Consolidator(nn.Module):
         positions = (state.next_position + index)[:, None]
         current = current * self.scale
         for block, layer, cache in zip(self.blocks, self.reads, caches, strict=True):
-            mask = state.visible(positions, backbone.window(layer))
+            mask = state.visible(index, backbone.window(layer))
             if mask is not None and cache.grow:
                 mask = torch.cat([mask, mask.new_ones(*mask.shape[:-1], index + 1)], -1)
             output = block(

@@ -13,10 +13,11 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from flashmem.backbone import Backbone, DecodeState
+from flashmem.backbone import Backbone
 from flashmem.consolidator import Consolidator
 from flashmem.errors import ConfigError
 from flashmem.memory import MemoryConfig, MemoryContext, MemorySource
+from flashmem.state import DecodeState
 
 
 class LoRALinear(nn.Module):
@@ -57,21 +58,17 @@ class SeparateEncoderMemory(MemorySource):
     def forward(self, context: MemoryContext) -> Tensor:
         """See `MemorySource.forward`. Costs one encoder pass over all T positions."""
         encoder, state = self.encoder[0], context.state
-        if state.inputs is None:
+        if not state.keeps_inputs:
             raise ConfigError("A separate encoder needs the history: prefill with keep_inputs=True.")
-        history = torch.cat(state.inputs, 1)
-        fresh = self._encode(encoder, history, state)
+        fresh = self._encode(encoder, state)
         return self.consolidator(fresh.hidden, encoder, fresh, fresh.keys_values)
 
     @staticmethod
-    def _encode(encoder: Backbone, history: Tensor, state: DecodeState) -> DecodeState:
-        real = state.positions >= 0
-        fresh = encoder.empty_state(history.shape[0], ragged=state.ragged, keep_inputs=False)
-        hidden = encoder.extend(fresh, history, real=real if state.ragged else None)
+    def _encode(encoder: Backbone, state: DecodeState) -> DecodeState:
+        assert state.inputs is not None
+        fresh = encoder.empty_state(state.batch_size)
+        encoder.read(fresh, state.inputs, state.lengths, predict=False)
         state.woven = [old + new for old, new in zip(state.woven, fresh.encoded, strict=True)]
-        # The newest real slot of each row; with holes it need not be the last one.
-        newest = state.positions.argmax(1)
-        fresh.hidden = hidden[torch.arange(hidden.shape[0], device=hidden.device), newest]
         return fresh
 
 

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from flashmem import monitor
-from flashmem.backbone import Backbone, DecodeState
+from flashmem.backbone import Backbone
 from flashmem.errors import ConfigError
+from flashmem.state import DecodeState
 
 POLICIES = ("snapkv", "streaming-llm", "tova", "h2o")
 _CHUNK = 256
@@ -93,11 +94,14 @@ def _scoring(backbone: Backbone, config: EvictionConfig, kept: list[Tensor]) -> 
         kept.append(kept_positions(query, key, scaling, config))
 
     layers = [layer.self_attn for layer in backbone.decoder.layers]
+    # A score needs the queries of one whole pass.
+    chunk, backbone.chunk = backbone.chunk, None
     for attention in layers:
         monitor.watch(attention, score)
     try:
         yield
     finally:
+        backbone.chunk = chunk
         for attention in layers:
             monitor.watch(attention, None)
 

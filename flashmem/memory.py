@@ -23,8 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flashmem.backbone import Backbone, DecodeState
+from flashmem.backbone import Backbone
 from flashmem.errors import CheckpointError, ConfigError
+from flashmem.state import DecodeState
 
 if TYPE_CHECKING:
     from flashmem.trigger_model import TriggerModel

@@ -1,11 +1,13 @@
 """The Cognitive Monitor: entropy of the newest token's attention, without a T x T matrix.
 
-transformers lets one register an attention function by name. Ours, `monitored_attention`, hands everything to SDPA
-except in the one layer that carries an `AttentionTap`. There it keeps the attention row of the newest token:
+transformers lets one register an attention function by name. Ours, `monitored_attention`, hands everything to
+`flashmem.attention` except in the one layer that carries an `AttentionTap`. There it reads the attention row of the
+newest token:
 
 * a one-token query (a decode step) computes its scores once and uses them for the layer's output *and* for the
   entropy: one pass over K;
-* a longer query (prefill, an injection) goes through SDPA, and the rows asked for (normally one) are scored again.
+* a longer query (prefill, an injection) goes the way of all layers, and the rows asked for (normally one) are scored
+  again.
 
 Entropy (paper Eq. 3-4): per head, the sinks (the first non-pad tokens) and the positions that hold latents are
 removed, the rest is renormalised, Shannon entropy in nats in float32, then the mean over heads.
@@ -24,14 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
+from flashmem import attention
 from flashmem.errors import ConfigError
 
 ATTENTION_NAME = "monitored_attention"
 _TAP = "flashmem_tap"
 _WATCHER = "flashmem_watcher"
+# A masked score. Infinity would turn into "not a number" where it meets a weight of zero.
+_LEAST = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True)
@@ -60,79 +64,98 @@ class AttentionTap:
     """What the monitored layer is told before a forward pass and what it leaves behind.
 
     Attributes:
-        exclude: `[B, T]` True where a key is not counted, T the length of the cache after the pass.
+        sinks: how many of the first keys are not counted.
+        latents: `[B, T]` or longer, True where a key is a latent and not counted; None where there is none.
         rows: how many of the newest queries are observed; 0 switches the tap off.
+        at: `[B]` the one query of each row that is observed, where that is not the newest; None is the newest.
         normalise: as in `MonitorConfig`.
         entropy: `[B, rows]` nats, float32, the result of the last pass.
         clock: receives the phase "monitor"; None is no timing.
         kept: gets the newest query's whole row `[B, T]` in every pass, mean over heads, float32; None keeps nothing.
     """
 
-    exclude: Tensor | None = None
+    sinks: int = 0
+    latents: Tensor | None = None
     rows: int = 1
+    at: Tensor | None = None
     normalise: bool = False
     entropy: Tensor | None = None
     clock: Any = field(default=None, repr=False)
     kept: list[Tensor] | None = field(default=None, repr=False)
 
-    def observe(self, weights: Tensor) -> None:
+    def observe(self, scores: Tensor, weights: Tensor) -> None:
         """Reduce attention rows `[B, G, R, rows, T]` to entropies `[B, rows]`."""
         with self.clock.phase("monitor") if self.clock is not None else nullcontext():
-            self.entropy = row_entropy(weights.detach(), self.exclude, normalise=self.normalise)
+            self.entropy = row_entropy(
+                scores.detach(), weights.detach(), sinks=self.sinks, latents=self.latents, normalise=self.normalise
+            )
 
 
-def row_entropy(weights: Tensor, exclude: Tensor | None, *, normalise: bool = False) -> Tensor:
+def row_entropy(
+    scores: Tensor, weights: Tensor, *, sinks: int = 0, latents: Tensor | None = None, normalise: bool = False
+) -> Tensor:
     """Entropy of attention rows after some keys are removed (paper Eq. 3-4).
 
-    With p the row after removal and s its sum, `-sum (p/s) log (p/s) = log s - (1/s) sum p log p`: no second
-    normalised row is ever stored.
+    With p = exp(x - c) the row after removal and s its sum, `-sum (p/s) log (p/s) = log s + c - (1/s) sum p x`: two
+    sums over the row, no logarithm of it and no second normalised row. c is known from any one key, here the largest.
 
     Args:
-        weights: `[B, G, R, Q, T]` attention probabilities (G KV heads, R query heads each).
-        exclude: `[B, T]` True where a key is removed, or None.
+        scores: x, `[B, G, R, Q, T]` before the softmax (G KV heads, R query heads each); finite where masked.
+        weights: p, their softmax.
+        sinks: how many of the first keys are removed.
+        latents: `[B, T]` or longer, True where a key is removed, or None.
         normalise: divide by the logarithm of the number of keys that are left.
 
     Returns:
         `[B, Q]` nats, float32; 0 where nothing is left of a row.
     """
-    p = weights.float()
-    if exclude is not None:
-        p = p.masked_fill(exclude[:, None, None, None, :].to(p.device), 0.0)
+    shift = scores.amax(-1) - weights.amax(-1).log()
+    x, p = scores[..., sinks:], weights[..., sinks:]
+    if latents is not None:
+        p = p.masked_fill(latents[:, None, None, None, sinks : weights.shape[-1]].to(p.device), 0.0)
     mass = p.sum(-1)
-    plogp = torch.special.entr(p).sum(-1)
-    entropy = torch.where(mass > 0, mass.clamp_min(1e-30).log() + plogp / mass.clamp_min(1e-30), 0.0)
-    entropy = entropy.clamp_min(0.0).mean(dim=(1, 2))
+    some = mass.clamp_min(1e-30)
+    entropy = torch.where(mass > 0, some.log() + shift - (p * x).sum(-1) / some, 0.0).clamp_min(0.0).mean(dim=(1, 2))
     if normalise:
-        entropy = entropy / (p > 0).any(dim=(1, 2)).sum(-1).clamp_min(2).log()
+        entropy = entropy / (p > 0).any(dim=2).any(dim=1).sum(-1).clamp_min(2).log()
     return entropy
+
+
+def attention_scores(
+    query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """Scaled scores of a few queries, K never repeated for grouped heads.
+
+    Args:
+        query: `[B, H, Q, d_h]`.
+        key: `[B, G, T, d_h]`, H a multiple of G.
+        mask: `[B or 1, 1, Q, T]`, boolean (True = visible) or additive, or None for "all visible".
+        scaling: factor on the scores.
+        softcap: Gemma 2's cap on the scores, or None.
+
+    Returns:
+        `[B, G, H / G, Q, T]` in float32; what is masked is the smallest number, not infinite.
+    """
+    batch, heads, rows, _ = query.shape
+    groups = key.shape[1]
+    grouped = attention.fold(query, groups)
+    # The query is T times smaller than the scores; but in a short format it would lose bits.
+    early = query.dtype == torch.float32
+    scores = torch.matmul(grouped * scaling if early else grouped, key.transpose(-1, -2)).float()
+    scores = (scores if early else scores * scaling).view(batch, groups, heads // groups, rows, -1)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        mask = mask[..., : scores.shape[-1]].unsqueeze(2)
+        scores = scores.masked_fill(~mask, _LEAST) if mask.dtype == torch.bool else scores + mask
+    return scores
 
 
 def attention_rows(
     query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None
 ) -> Tensor:
-    """Attention probabilities of a few queries, K never repeated for grouped heads.
-
-    Args:
-        query: `[B, H, Q, d_h]`.
-        key: `[B, G, T, d_h]`, H a multiple of G.
-        mask: `[B, 1, Q, T]`, boolean (True = visible) or additive, or None for "all visible".
-        scaling: factor on the scores.
-        softcap: Gemma 2's cap on the scores, or None.
-
-    Returns:
-        `[B, G, H / G, Q, T]` in float32.
-    """
-    batch, heads, rows, width = query.shape
-    groups = key.shape[1]
-    grouped = query.reshape(batch, groups, (heads // groups) * rows, width)
-    scores = torch.matmul(grouped, key.transpose(-1, -2)).float() * scaling
-    scores = scores.view(batch, groups, heads // groups, rows, -1)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None:
-        mask = mask[..., : scores.shape[-1]].unsqueeze(2)
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1)
+    """Attention probabilities of a few queries, `[B, G, H / G, Q, T]` in float32; see `attention_scores`."""
+    return attention_scores(query, key, mask, scaling, softcap).softmax(-1)
 
 
 def _apply(weights: Tensor, value: Tensor) -> Tensor:
@@ -143,17 +166,25 @@ def _apply(weights: Tensor, value: Tensor) -> Tensor:
     return out.transpose(1, 2).contiguous()
 
 
-def _causal(query: Tensor, key: Tensor) -> Tensor:
-    """The `[1, 1, Q, T]` mask that a missing mask stands for: the queries are the last Q positions."""
-    rows, length = query.shape[2], key.shape[2]
-    ones = torch.ones(rows, length, dtype=torch.bool, device=query.device)
-    return ones.tril(length - rows)[None, None]
+def _mask_of(mask: Tensor | None, query: Tensor, key: Tensor, rows: int, at: Tensor | None) -> Tensor | None:
+    """The mask of the observed queries, `[B or 1, 1, rows, T]`, or None where they see everything."""
+    if not attention.is_plain(mask):
+        assert mask is not None
+        if at is None:
+            return mask[:, :, -rows:]
+        return mask.expand(len(at), -1, -1, -1).gather(2, at.view(-1, 1, 1, 1).expand(-1, -1, -1, mask.shape[-1]))
+    if at is None and rows == 1:
+        return None
+    length, places = key.shape[2], torch.arange(key.shape[2], device=key.device)
+    first = length - query.shape[2]
+    queries = torch.arange(length - rows, length, device=key.device)[None] if at is None else (first + at)[:, None]
+    return (places <= queries[..., None])[:, None]
 
 
-def _last_rows(mask: Tensor | None, query: Tensor, key: Tensor, rows: int) -> Tensor | None:
-    if mask is None:
-        return None if rows == 1 else _causal(query[:, :, -rows:], key)
-    return mask[:, :, -rows:]
+def _observed(query: Tensor, rows: int, at: Tensor | None) -> Tensor:
+    if at is None:
+        return query[:, :, -rows:]
+    return query.gather(2, at.view(-1, 1, 1, 1).expand(-1, query.shape[1], -1, query.shape[3]))
 
 
 def monitored_attention(
@@ -173,7 +204,8 @@ def monitored_attention(
         query: `[B, H, Q, d_h]`.
         key: `[B, G, T, d_h]`.
         value: `[B, G, T, d_h]`.
-        attention_mask: `[B, 1, Q, T]` boolean or additive; None means causal, and only with Q = T or Q = 1.
+        attention_mask: `[B or 1, 1, Q, T]` boolean or additive; None or `attention.plain` mean causal, the queries
+            being the last Q positions.
 
     Returns:
         `[B, Q, H, d_h]` and None: attention weights are never materialised for the caller.
@@ -185,24 +217,27 @@ def monitored_attention(
         watcher(query, key, scale)
     if tap is not None and tap.kept is not None:
         # Scored once more, so that the output is computed exactly as it is when nobody reads along.
-        mask = _last_rows(attention_mask, query, key, 1)
+        mask = _mask_of(attention_mask, query, key, 1, None)
         row = attention_rows(query[:, :, -1:].float(), key.float(), mask, scale, softcap)
         tap.kept.append(row.mean(dim=(1, 2))[:, 0])
     if query.shape[2] == 1 and (rows or softcap is not None):
-        weights = attention_rows(query, key, attention_mask, scale, softcap)
+        scores = attention_scores(query, key, _mask_of(attention_mask, query, key, 1, None), scale, softcap)
+        weights = scores.softmax(-1)
+        output = _apply(weights, value)
         if rows:
-            tap.observe(weights)
-        return _apply(weights, value), None
+            assert tap is not None
+            tap.observe(scores, weights)
+        return output, None
     if softcap is not None:
-        mask = _causal(query, key) if attention_mask is None else attention_mask
+        mask = _mask_of(attention_mask, query, key, query.shape[2], None)
         output = _apply(attention_rows(query, key, mask, scale, softcap), value)
     else:
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        output = attention.attend(query, key, value, attention_mask, scale, dropout)
     if rows:
-        mask = _last_rows(attention_mask, query, key, rows)
-        tap.observe(attention_rows(query[:, :, -rows:], key, mask, scale, softcap))
+        assert tap is not None
+        mask = _mask_of(attention_mask, query, key, rows, tap.at)
+        scores = attention_scores(_observed(query, rows, tap.at), key, mask, scale, softcap)
+        tap.observe(scores, scores.softmax(-1))
     return output, None
 
 
@@ -217,22 +252,22 @@ def register() -> str:
     return ATTENTION_NAME
 
 
-def attach(attention: nn.Module) -> AttentionTap:
+def attach(layer: nn.Module) -> AttentionTap:
     """Put a fresh tap on an attention module and return it."""
     tap = AttentionTap()
-    setattr(attention, _TAP, tap)
+    setattr(layer, _TAP, tap)
     return tap
 
 
-def watch(attention: nn.Module, watcher: Callable[[Tensor, Tensor, float], None] | None) -> None:
+def watch(layer: nn.Module, watcher: Callable[[Tensor, Tensor, float], None] | None) -> None:
     """Have every pass of an attention module tell its queries, keys (both rotated) and scaling; None ends that."""
     if watcher is not None:
-        setattr(attention, _WATCHER, watcher)
-    elif hasattr(attention, _WATCHER):
-        delattr(attention, _WATCHER)
+        setattr(layer, _WATCHER, watcher)
+    elif hasattr(layer, _WATCHER):
+        delattr(layer, _WATCHER)
 
 
-def detach(attention: nn.Module) -> None:
+def detach(layer: nn.Module) -> None:
     """Remove the tap of an attention module, if it has one (copies of a layer must not observe)."""
-    if hasattr(attention, _TAP):
-        delattr(attention, _TAP)
+    if hasattr(layer, _TAP):
+        delattr(layer, _TAP)

@@ -17,7 +17,8 @@ from dataclasses import InitVar, dataclass, field
 import torch
 from torch import Tensor
 
-from flashmem.backbone import Backbone, DecodeState
+from flashmem.backbone import Backbone
+from flashmem.state import DecodeState
 
 
 @dataclass
@@ -54,7 +55,7 @@ class PrefixStore:
         last = torch.stack([hidden for _, hidden in rows])
         state = self.backbone.restore([list(key) for key in keys], [cache for cache, _ in rows], last)
         if not keep_inputs:
-            state.inputs = None
+            state.cache.inputs = None
         rests = [prefix[len(key) :] for prefix, key in zip(prefixes, keys, strict=True)]
         if any(rests):
             self.backbone.append(state, rests)

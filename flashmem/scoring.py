@@ -11,18 +11,20 @@ Sums are those of a full pass over [prompt, latents, continuation]. Nothing is s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from flashmem.backbone import Backbone, DecodeState
+from flashmem.backbone import Backbone
+from flashmem.decode_loop import DecodeLoop, Row
 from flashmem.errors import ConfigError
-from flashmem.generation import Clock, Generation, NullClock, SampleContext, _Loop
+from flashmem.generation import Clock, Generation, NullClock, SampleContext
 from flashmem.memory import MemorySource
+from flashmem.state import DecodeState
 from flashmem.trigger import TriggerConfig
 
 # Positions that the copies of one pass may hold together: beyond it the continuations take turns on one cache.
@@ -86,32 +88,40 @@ def score(
         raise ConfigError("A trigger without a memory source: pass memory=, or the trigger kind never.")
     length = GenerationConfig(max_new_tokens=max(map(len, continuations)), do_sample=False)
     samples = [sample] if sample is not None else None
-    run = _Scoring(backbone, [prompt], length, memory, config, samples, clock or NullClock(), None, False)
-    run.literal = sampling_logits == "pre"
-    run.prefill = prefill or run.prefill
+    run = _Scoring(
+        backbone,
+        [prompt],
+        length,
+        memory,
+        [config],
+        samples=samples,
+        clock=clock or NullClock(),
+        literal=sampling_logits == "pre",
+        prefill=prefill,
+    )
     return run.score(continuations, tail)
 
 
-class _Scoring(_Loop):
+class _Scoring(DecodeLoop):
     """One `score` call: the decode loop up to its first decision, then the continuations."""
 
     def score(self, continuations: Sequence[list[int]], tail: int) -> Scores:
         self.backbone.observe(self.watch_attention, clock=self.clock)
         try:
-            with _first_pass(self.backbone, keep=tail > 0) as seen:
-                with self.clock.phase("prefill"):
-                    state = self._open()
+            # A source that drops the cache at the prompt end encodes the prompt with its memory, not before.
+            with self.backbone.collecting() if tail else nullcontext([]) as seen:
+                state = self._seat(None)
                 before = state.logits
                 self._decide_and_sample(state)
         finally:
             self.backbone.observe(False)
         first = before if self.literal else state.logits
         # Nothing re-encodes the history any more.
-        state.inputs = None
+        state.cache.inputs = None
         with self.clock.phase("step"):
             sums, hits = self._judge(state, first, continuations)
             if tail:
-                likely, hit = self._judge_tail(seen[0], tail)
+                likely, hit = self._judge_tail(torch.cat(seen, 1), tail)
                 sums, hits = sums + likely, hits & hit
             values, greedy = sums.tolist(), hits.tolist()
         self.clock.token()
@@ -130,14 +140,13 @@ class _Scoring(_Loop):
 
     def _behind(self, state: DecodeState, continuations: Sequence[list[int]]) -> Iterator[tuple[int, Tensor]]:
         """Yield `(continuation, states [n - 1, d] after all its tokens but the last)` of those longer than one."""
-        backbone = self.backbone
         longer = [place for place, tokens in enumerate(continuations) if len(tokens) > 1]
         if not longer:
             return
-        length = state.positions.shape[1] + max(len(continuations[place]) for place in longer)
+        length = state.length + max(len(continuations[place]) for place in longer)
         rows = max(1, min(len(longer), _COPIED_POSITIONS // length))
         if rows > 1:
-            backbone.repeat(state, rows)
+            state.repeat(rows)
         for start in range(0, len(longer), rows):
             places = longer[start : start + rows]
             fed = [continuations[place][:-1] for place in places] + [[]] * (rows - len(places))
@@ -149,25 +158,28 @@ class _Scoring(_Loop):
         """One pass over a row of tokens each, forgotten again; shorter rows get holes behind them."""
         backbone, width = self.backbone, max(map(len, fed))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in fed], device=backbone.device)
-        real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in fed], device=backbone.device)
-        whole = all(len(row) == width for row in fed)
-        hidden = backbone.extend(state, backbone.embed(ids), real=None if whole else real)
-        backbone.crop(state, width)
+        before = list(state.lengths)
+        hidden = backbone.extend(state, backbone.embed(ids), counts=[len(row) for row in fed])
+        state.crop(before)
         return hidden
 
     def _judge_tail(self, hidden: Tensor, tail: int) -> tuple[Tensor, Tensor]:
         """The same of the prompt's last tokens, from the states `[1, T, d]` of the pass that encoded it."""
-        prompt = self.prompts[0]
+        prompt = self._row().prompt
         end = len(prompt) - 1
         return _along(self.backbone.logits(hidden[0, end - tail : end]), prompt[-tail:])
 
     def _record(self, state: DecodeState) -> Generation:
-        result = self.results[0]
+        row = self._row()
+        result = row.result
         result.positions_encoded, result.positions_woven = sum(state.encoded), sum(state.woven)
         result.positions_evicted = state.evicted[0]
-        self._finish()
+        self._close(row)
         result.finish_reason = "scored"
         return result
+
+    def _row(self) -> Row:
+        return self._rows()[0][1]
 
 
 def _along(logits: Tensor, tokens: list[int]) -> tuple[Tensor, Tensor]:
@@ -175,20 +187,3 @@ def _along(logits: Tensor, tokens: list[int]) -> tuple[Tensor, Tensor]:
     wanted = torch.tensor(tokens, device=logits.device)
     likely = logits.log_softmax(-1).gather(-1, wanted[:, None]).sum()
     return likely, (logits.argmax(-1) == wanted).all()
-
-
-@contextmanager
-def _first_pass(backbone: Backbone, keep: bool) -> Iterator[list[Tensor]]:
-    """Collect the last hidden states of the first pass through the backbone, `[1, T, d]`."""
-    seen: list[Tensor] = []
-
-    def look(module: Any, inputs: Any, output: Any) -> None:
-        if not seen:
-            seen.append(output.last_hidden_state.to(backbone.device))
-
-    handle = backbone.decoder.register_forward_hook(look) if keep else None
-    try:
-        yield seen
-    finally:
-        if handle is not None:
-            handle.remove()

@@ -28,13 +28,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
-from flashmem.backbone import Backbone, DecodeState
+from flashmem.backbone import Backbone
 from flashmem.errors import CheckpointError, ConfigError, PromptTooLongError
 from flashmem.generation import Clock, Generation, generate
 from flashmem.memory import MemorySource
+from flashmem.state import DecodeState
 from flashmem.trigger import TriggerConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _RECORD = "session.json"
 
 
@@ -91,7 +92,7 @@ class Session:
     @property
     def positions(self) -> int:
         """Positions in the cache, latents included."""
-        return self._state.positions.shape[1]
+        return self._state.length
 
     @property
     def latents(self) -> int:
@@ -174,7 +175,7 @@ class Session:
     def fork(self) -> Session:
         """A session that goes on from here by itself. Nothing is copied; what it encodes is counted from 0."""
         other = Session(self.backbone, self.memory, self.trigger, self.sampling_logits)
-        other._state = self.backbone.fork(self._state)
+        other._state = self._state.fork()
         other._ids, other._waiting, other._turns = list(self._ids), self._waiting, self.turns
         return other
 
@@ -186,7 +187,7 @@ class Session:
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {k: v.detach().cpu().clone() for k, v in self.backbone.export_state(self._state).items()}
+        tensors = {k: v.detach().cpu().clone() for k, v in self._state.exported().items()}
         partial = folder / "state.partial"
         save_file(tensors, partial)
         digest = _sha256(partial)
@@ -229,7 +230,7 @@ class Session:
                 f"{ours['name']} ({ours['fingerprint']}, {ours['dtype']}): load that model, or begin a new session."
             )
         state = backbone.import_state(_read_tensors(folder / Path(record["tensors"]).name, record["sha256"]))
-        if session._state.inputs is not None and state.inputs is None and state.positions.shape[1]:
+        if session._state.keeps_inputs and not state.keeps_inputs and state.length:
             raise ConfigError("This memory reads the whole history, which the session did not keep: begin a new one.")
         session._state = state
         session._ids, session._waiting = list(record["token_ids"]), record["waiting"]
@@ -260,7 +261,7 @@ class Session:
         self._require_room(len(token_ids) + self.latents + (config.max_new_tokens or 0))
         # Answered in a fork: its counts are those of this call, and a failure leaves the session as it was.
         before = self._state, self._ids, self._waiting
-        self._state = self.backbone.fork(self._state)
+        self._state = self._state.fork()
         try:
             (answer,) = generate(
                 self.backbone,
@@ -304,7 +305,7 @@ class Session:
             self.backbone.append(self._state, [fresh])
         elif fresh:
             old = self._state
-            self._state = self.backbone.prefill([fresh], keep_inputs=old.inputs is not None)
+            self._state = self.backbone.prefill([fresh], keep_inputs=old.keeps_inputs)
             self._count_on(old)
         self._ids, self._waiting = list(token_ids), 0
         return self._state
@@ -319,10 +320,10 @@ class Session:
         state = self._state
         state.kept = {}
         if tokens < 1:
-            self._state = self.backbone.empty_state(1, keep_inputs=state.inputs is not None)
+            self._state = self.backbone.empty_state(1, keep_inputs=state.keeps_inputs)
             return self._count_on(state)
         slots = (~state.latents[0]).nonzero()[:, 0]
-        self.backbone.crop(state, self.positions - int(slots[tokens - 1]) - 1)
+        state.crop([int(slots[tokens - 1]) + 1])
         state.reused = [min(self.reused, self.positions)]
         return None
 
@@ -346,7 +347,6 @@ class Session:
             "token_ids": self._ids,
             "waiting": self._waiting,
             "turns": self._turns,
-            "positions": state.positions[0].tolist(),
             "latents": state.latents[0].nonzero()[:, 0].tolist(),
         }
 

@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from flashmem import monitor
-from flashmem.backbone import Backbone, DecodeState
+from flashmem.backbone import Backbone
 from flashmem.consolidator import Consolidator
 from flashmem.encoder import SeparateEncoderMemory
 from flashmem.memory import ConstantMemory, MemorySource
 from flashmem.placebo import Placebo
+from flashmem.state import DecodeState
 from flashmem.trigger import ENTROPY_KINDS, TriggerConfig
 
 if TYPE_CHECKING:
@@ -234,7 +235,7 @@ class TraceRecorder:
             for block in consolidator.blocks:
                 monitor.detach(block.self_attn)
 
-    def decided(self, entropies: list[float], outputs: list[float], chosen: list[bool], running: list[bool]) -> None:
+    def decided(self, entropies: list[float], outputs: list[float], chosen: list[int], running: list[bool]) -> None:
         """One decision step of all rows; `chosen` are those that take a memory."""
         tau = self._trigger.threshold
         for row, sample in enumerate(self.samples):
@@ -243,27 +244,30 @@ class TraceRecorder:
             above = None
             if sample.tau is not None and tau is not None:
                 above = (outputs if self._trigger.kind == "output-entropy" else entropies)[row] > tau
-            sample.steps.append(StepTrace(entropies[row], outputs[row], above, chosen[row]))
+            sample.steps.append(StepTrace(entropies[row], outputs[row], above, row in chosen))
 
-    def wrote(self, state: DecodeState, latents: Tensor, chosen: list[bool]) -> None:
-        """A memory `[B, K, d]` was written over `state` and is about to be injected into the chosen rows."""
+    def wrote(self, state: DecodeState, latents: Tensor, chosen: list[int]) -> None:
+        """Memories `[n, K, d]` were written over a state of the chosen rows and are about to be injected there."""
         states = torch.cat(self._states, 1) if self._states else None
-        for row in [r for r, hit in enumerate(chosen) if hit]:
-            sample, real = self.samples[row], state.positions[row] >= 0
-            held = state.latents[row][real].nonzero().flatten().tolist()
+        marks, slots = state.latents, state.length
+        for nth, row in enumerate(chosen):
+            sample, length = self.samples[row], state.lengths[nth]
+            held = marks[nth, :length].nonzero().flatten().tolist()
             attention = [
-                self._layer(layer, [weights[row] for weights in kept], real) for layer, kept in self._blocks if kept
+                self._layer(layer, [weights[nth] for weights in kept], length, slots)
+                for layer, kept in self._blocks
+                if kept
             ]
             sample.injections.append(
                 InjectionTrace(
                     text_index=len(sample.steps) - 1,
-                    position=int(real.sum()),
+                    position=length,
                     latents=latents.shape[1],
                     latent_positions=held,
                     attention=attention,
                     attention_note=self._note,
-                    nearest=nearest_tokens(self._backbone, latents[row]),
-                    spoken=[] if states is None else spoken_tokens(self._backbone, states[row]),
+                    nearest=nearest_tokens(self._backbone, latents[nth]),
+                    spoken=[] if states is None else spoken_tokens(self._backbone, states[nth]),
                 )
             )
         self._states.clear()
@@ -271,10 +275,10 @@ class TraceRecorder:
             kept.clear()
 
     def injected(
-        self, chosen: list[bool], before: Tensor, after: Tensor, proposed: list[int], sampled: list[int]
+        self, chosen: list[int], before: Tensor, after: Tensor, proposed: list[int], sampled: list[int]
     ) -> None:
         """The logits `[B, V]` on either side of the injection that `wrote` announced, and the tokens chosen."""
-        for row in [r for r, hit in enumerate(chosen) if hit]:
+        for row in chosen:
             shift = next_token(self._backbone, before[row], after[row], proposed[row], sampled[row])
             self.samples[row].injections[-1].next_token = shift
 
@@ -285,11 +289,10 @@ class TraceRecorder:
             sample.answer = text_pieces(self._backbone, generation.token_ids)
             sample.text, sample.finish_reason = generation.text, generation.finish_reason
 
-    def _layer(self, layer: int, rows: list[Tensor], real: Tensor) -> LayerAttention:
+    def _layer(self, layer: int, rows: list[Tensor], length: int, slots: int) -> LayerAttention:
         """K rows over the slots of the cache, and behind them the memory's own latents, to positions."""
-        slots = real.shape[0]
         own = [float(row[slots:].sum()) for row in rows]
-        history = torch.stack([row[:slots][real] for row in rows])
+        history = torch.stack([row[:length] for row in rows])
         if history.shape[1] <= self.dense_positions:
             return LayerAttention(layer, history.tolist(), None, [0.0] * len(rows), own)
         weights, positions = history.topk(min(self.top_positions, history.shape[1]), dim=-1)

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from flashmem.backbone import Backbone, DecodeState
+from flashmem.backbone import Backbone
 from flashmem.lora import LoRA
 from flashmem.memory import MemoryContext, MemorySource
-from flashmem.training_recompute import prefix_of, recomputing
+from flashmem.state import DecodeState
+from flashmem.training_recompute import recomputing
 
 _IGNORE = -100
 # Encodes prefixes as `Backbone.prefill` does.
@@ -93,16 +93,16 @@ def chained_loss(
         ids, labels = _right_pad([row[index] if index < len(row) else [] for row in pieces], backbone)
         here = torch.tensor([index < len(row) for row in pieces], device=backbone.device)
         taken = here[:, None].expand(latents.shape[:2])
-        real = torch.cat([taken, labels != _IGNORE], 1)
+        counts = [latents.shape[1] + len(row[index]) if index < len(row) else 0 for row in pieces]
         marks = torch.cat([taken, torch.zeros_like(labels, dtype=torch.bool)], 1)
         embeds = torch.cat([latents.to(backbone.dtype), backbone.embed(ids)], 1)
-        hidden = backbone.extend(state, embeds, real=real, latents=marks)
+        hidden = backbone.extend(state, embeds, counts=counts, latents=marks)
         logits = backbone.logits(hidden[:, latents.shape[1] - 1 : -1])
         total = total + torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=_IGNORE, reduction="sum"
         )
         tokens += int((labels != _IGNORE).sum())
-        newest = (real.long() * torch.arange(real.shape[1], device=backbone.device)).argmax(1)
+        newest = torch.tensor([max(count - 1, 0) for count in counts], device=backbone.device)
         state.hidden = torch.where(here[:, None], hidden[torch.arange(len(prompts)), newest], state.hidden)
     return total, tokens
 
@@ -128,8 +128,7 @@ def adapted_loss(
 
 def _plain_logits(backbone: Backbone, state: DecodeState, ids: Tensor) -> Tensor:
     """Logits `[B, Y, V]` for the targets `[B, Y]` without a memory; the state stays as it is."""
-    probe = replace(state, cache=prefix_of(state.cache), encoded=list(state.encoded), inputs=None)
-    hidden = backbone.extend(probe, backbone.embed(ids[:, :-1])) if ids.shape[1] > 1 else None
+    hidden = backbone.extend(state.reading(), backbone.embed(ids[:, :-1])) if ids.shape[1] > 1 else None
     first = state.logits[:, None]
     return first if hidden is None else torch.cat([first, backbone.logits(hidden)], 1)
 

@@ -18,10 +18,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flashmem.backbone import Backbone, DecodeState
+from flashmem.backbone import Backbone
 from flashmem.encoder import adapt, copy_layers
 from flashmem.errors import ConfigError
 from flashmem.memory import MemoryConfig, MemoryContext, MemorySource
+from flashmem.state import DecodeState, behind
 from flashmem.trigger_model import TriggerModel
 
 _STATE = "weaver"
@@ -74,31 +75,45 @@ class WeaverMemory(MemorySource):
             ConfigError: the state has no input embeddings to read.
         """
         state = context.state
-        if state.inputs is None:
+        if not state.keeps_inputs:
             raise ConfigError("A weaver needs the history: prefill with keep_inputs=True.")
         weaver, own = self.weaver[0], state.kept.get(_STATE) if self.cached else None
         if own is None:
-            own = weaver.empty_state(state.batch_size, ragged=state.ragged)
+            own = weaver.empty_state(state.batch_size)
         before = list(own.encoded)
         latents = self._pass(weaver, own, state, context.inside)
         state.woven = [n + now - then for n, now, then in zip(state.woven, own.encoded, before, strict=True)]
         if self.cached:
-            weaver.crop(own, self.config.length)
+            own.crop([n - self.config.length for n in own.lengths])
             state.kept[_STATE] = own
         return latents
 
     def _pass(self, weaver: Backbone, own: DecodeState, state: DecodeState, inside: list[bool]) -> Tensor:
         """One causal pass over what the weaver has not seen yet and the queries behind it."""
-        seen = own.positions.shape[1]
-        assert state.inputs is not None
-        fresh = self.inward(torch.cat(state.inputs, 1)[:, seen:])
+        fresh, counts = _unseen(own, state)
         bank = torch.tensor(inside, device=weaver.device)[:, None, None]
         queries = torch.where(bank, self.in_answer(), self.at_prompt_end())
-        real = None
-        if state.ragged:
-            real = nn.functional.pad(state.positions[:, seen:] >= 0, (0, self.config.length), value=True)
-        hidden = weaver.extend(own, torch.cat([fresh, queries], 1), real=real)
-        return self.outward(hidden[:, -self.config.length :])
+        length = self.config.length
+        everything = behind(self.inward(fresh), counts, queries, max(counts) + length)
+        with weaver.collecting() as hidden:
+            weaver.read(own, everything, [count + length for count in counts], predict=False)
+        places = torch.tensor(counts, device=weaver.device)[:, None] + torch.arange(length, device=weaver.device)
+        states = torch.cat(hidden, 1)
+        return self.outward(states.gather(1, places[..., None].expand(-1, -1, states.shape[-1])))
+
+
+def _unseen(own: DecodeState, state: DecodeState) -> tuple[Tensor, list[int]]:
+    """Input embeddings `[B, Q, d]` that the weaver has not read yet, and how many of the Q each row has."""
+    history = state.inputs
+    assert history is not None
+    counts = [n - seen for n, seen in zip(state.lengths, own.lengths, strict=True)]
+    if own.cache.even:
+        return history[:, own.length :], counts
+    places = torch.tensor(own.lengths, device=history.device)[:, None] + torch.arange(
+        max(counts), device=history.device
+    )
+    places = places.clamp_max(history.shape[1] - 1)
+    return history.gather(1, places[..., None].expand(-1, -1, history.shape[-1])), counts
 
 
 def _identity(linear: nn.Linear) -> None:

@@ -11,15 +11,17 @@ tokens with the final EOS. `itl_ms` are the n - 1 gaps between tokens. `step_ms`
 `sample_ms`, `monitor_ms`, `consolidate_ms`, `inject_ms` are the summed phases of these names. Phases may be nested (the
 monitor lies inside prefill, step and inject); each accumulates its own total, so totals of nested phases overlap.
 
-In a batch all rows share one clock: its times are those of the batch, n is the longest answer of the batch.
+In a batch all rows share one clock. `result` gives the times of the call, n being its longest answer; `timing_of` those
+of one sample: t0 is when it took its seat, prefill_ms the one prefill that it was in, the other phases are what passed
+while it was under way, for the sake of any row. These are latencies under that load, not those of a sample alone.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 PHASES = ("prefill", "step", "monitor", "consolidate", "inject", "sample")
@@ -65,12 +67,32 @@ class _HostPhase:
         self._now, self.total_ns = now, 0
         self._starts: list[int] = []
 
+    def mark(self) -> int:
+        """Where the phase stands, for `between`."""
+        return self.total_ns
+
+    def between(self, first: int, last: int) -> float:
+        """Milliseconds between two marks."""
+        return (last - first) / 1e6
+
     def __enter__(self) -> _HostPhase:
         self._starts.append(self._now())
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.total_ns += self._now() - self._starts.pop()
+
+
+@dataclass
+class _Span:
+    """One sample of a batch: when it began, and where the phases stood then, at its first token, and at its last."""
+
+    t0: int
+    first: int
+    begun: dict[str, int]
+    prefilled: int | None = None
+    last: int | None = None
+    ended: dict[str, int] = field(default_factory=dict)
 
 
 class HostClock:
@@ -85,12 +107,13 @@ class HostClock:
         self._now, self._synchronise = now, synchronise
         self._phases: dict[str, _HostPhase] = {}
         self._seen: list[int] = []
+        self._spans: dict[int, _Span] = {}
         self._t0 = now()
 
     def start(self) -> None:
         """Forget earlier times and set t0."""
         self._phases = {name: _HostPhase(self._now) for name in PHASES}
-        self._seen = []
+        self._seen, self._spans = [], {}
         if self._synchronise:
             self._synchronise()
         self._t0 = self._now()
@@ -102,8 +125,25 @@ class HostClock:
         return self._phases[name]
 
     def token(self) -> None:
-        """Note that a sampled token is known on the host now."""
+        """Note that a sampled token of every sample under way is known on the host now."""
         self._seen.append(self._now())
+        for span in self._spans.values():
+            if span.prefilled is None:
+                span.prefilled = self._marks()["prefill"]
+
+    def begin(self, samples: Sequence[int]) -> None:
+        """Note that samples take their seats; the first ones have the t0 of the call."""
+        t0 = self._now() if self._spans else self._t0
+        for sample in samples:
+            self._spans[sample] = _Span(t0, len(self._seen), self._marks())
+
+    def end(self, sample: int) -> None:
+        """Note that a sample has its last token."""
+        span = self._spans[sample]
+        span.last, span.ended = len(self._seen), self._marks()
+
+    def _marks(self) -> dict[str, int]:
+        return {name: phase.mark() for name, phase in self._phases.items()}
 
     def phase_ms(self, name: str) -> float:
         """Return the summed time of a phase; read it only when the generation has ended."""
@@ -112,26 +152,44 @@ class HostClock:
 
     def result(self, output_tokens: int) -> Timing:
         """Return the times of the generation that ended, for `output_tokens` text tokens with EOS."""
-        prefill = self.phase_ms("prefill")
-        ttft = (self._seen[0] - self._t0) / 1e6 if self._seen else None
-        e2e = (self._seen[-1] - self._t0) / 1e6 if self._seen else None
-        decode = None if e2e is None else e2e - prefill
-        tpot = (
-            (e2e - ttft) / (output_tokens - 1) if e2e is not None and ttft is not None and output_tokens > 1 else None
-        )
-        return Timing(
-            prefill_ms=prefill,
-            ttft_ms=ttft,
-            decode_ms=decode,
-            e2e_ms=e2e,
-            tpot_ms=tpot,
-            sample_ms=self.phase_ms("sample"),
-            monitor_ms=self.phase_ms("monitor"),
-            consolidate_ms=self.phase_ms("consolidate"),
-            inject_ms=self.phase_ms("inject"),
-            step_ms=self.phase_ms("step"),
-            itl_ms=tuple((b - a) / 1e6 for a, b in itertools.pairwise(self._seen)),
-        )
+        return _timing(self._t0, self._seen, output_tokens, self.phase_ms)
+
+    def timing_of(self, sample: int, output_tokens: int) -> Timing:
+        """Return the times of one sample of the call, which has ended, for `output_tokens` text tokens with EOS."""
+        self._settle()
+        span = self._spans[sample]
+
+        def spent(name: str) -> float:
+            if name not in span.ended:
+                return 0.0
+            last = span.prefilled if name == "prefill" and span.prefilled is not None else span.ended[name]
+            return self._phases[name].between(span.begun.get(name, 0), last)
+
+        return _timing(span.t0, self._seen[span.first : span.last], output_tokens, spent)
+
+    def _settle(self) -> None:
+        """Have every time known that was begun."""
+
+
+def _timing(t0: int, seen: Sequence[int], output_tokens: int, phase_ms: Callable[[str], float]) -> Timing:
+    prefill = phase_ms("prefill")
+    ttft = (seen[0] - t0) / 1e6 if seen else None
+    e2e = (seen[-1] - t0) / 1e6 if seen else None
+    decode = None if e2e is None else e2e - prefill
+    tpot = (e2e - ttft) / (output_tokens - 1) if e2e is not None and ttft is not None and output_tokens > 1 else None
+    return Timing(
+        prefill_ms=prefill,
+        ttft_ms=ttft,
+        decode_ms=decode,
+        e2e_ms=e2e,
+        tpot_ms=tpot,
+        sample_ms=phase_ms("sample"),
+        monitor_ms=phase_ms("monitor"),
+        consolidate_ms=phase_ms("consolidate"),
+        inject_ms=phase_ms("inject"),
+        step_ms=phase_ms("step"),
+        itl_ms=tuple((b - a) / 1e6 for a, b in itertools.pairwise(seen)),
+    )
 
 
 class FakeClock(HostClock):
@@ -168,12 +226,34 @@ class _FakePhase:
 
 
 class _EventPhase:
-    """Records a pair of events around each occurrence; nothing is read before the generation has ended."""
+    """Records a pair of events around each occurrence; what was read is kept as sums, and its events are free again."""
 
     def __init__(self, clock: CudaEventClock):
         self._clock = clock
         self._open: list[tuple[Any, Any]] = []
-        self.pairs: list[tuple[Any, Any]] = []
+        self._pairs: list[tuple[Any, Any]] = []
+        # Milliseconds up to each occurrence that was read.
+        self._sums = [0.0]
+
+    @property
+    def unread(self) -> bool:
+        """Whether something was recorded and not read."""
+        return bool(self._pairs)
+
+    def mark(self) -> int:
+        """Where the phase stands, for `between`."""
+        return len(self._sums) - 1 + len(self._pairs)
+
+    def between(self, first: int, last: int) -> float:
+        """Milliseconds between two marks; `read` must have been called since."""
+        return self._sums[last] - self._sums[first]
+
+    def read(self) -> None:
+        """Read what was recorded; the device must have got there."""
+        for pair in self._pairs:
+            self._sums.append(self._sums[-1] + pair[0].elapsed_time(pair[1]))
+            self._clock.give_back(pair)
+        self._pairs.clear()
 
     def __enter__(self) -> _EventPhase:
         pair = self._clock.take_pair()
@@ -184,14 +264,14 @@ class _EventPhase:
     def __exit__(self, *exc: object) -> None:
         pair = self._open.pop()
         pair[1].record()
-        self.pairs.append(pair)
+        self._pairs.append(pair)
 
 
 class CudaEventClock(HostClock):
     """Times phases with CUDA events on the current stream, and tokens with the host, which sees them after a copy.
 
     The events come from a pool that exists before t0; should a generation need more, the pool grows and
-    `pool_misses` counts it. One synchronise when the first phase is read, none in the loop.
+    `pool_misses` counts it. One synchronise when times are read, none in the loop.
 
     Args:
         pairs: Event pairs allocated beforehand.
@@ -201,24 +281,29 @@ class CudaEventClock(HostClock):
         import torch
 
         self._cuda = torch.cuda
-        self._pool = [self._new_pair() for _ in range(pairs)]
-        self._taken, self.pool_misses, self._read = 0, 0, False
+        self._all = [self._new_pair() for _ in range(pairs)]
+        self._free = list(self._all)
+        self.pool_misses = 0
         super().__init__(synchronise=torch.cuda.synchronize)
 
     def _new_pair(self) -> tuple[Any, Any]:
         return self._cuda.Event(enable_timing=True), self._cuda.Event(enable_timing=True)
 
     def take_pair(self) -> tuple[Any, Any]:
-        """Return the next free pair of events."""
-        if self._taken == len(self._pool):
+        """Return a free pair of events."""
+        if not self._free:
             self.pool_misses += 1
-            self._pool.append(self._new_pair())
-        self._taken += 1
-        return self._pool[self._taken - 1]
+            self._all.append(self._new_pair())
+            return self._all[-1]
+        return self._free.pop()
+
+    def give_back(self, pair: tuple[Any, Any]) -> None:
+        """Take a pair that was read."""
+        self._free.append(pair)
 
     def start(self) -> None:
         """Forget earlier times, return every event to the pool, and set t0 on an idle device."""
-        self._taken, self._read = 0, False
+        self._free = list(self._all)
         super().start()
         self._phases = {name: _EventPhase(self) for name in PHASES}  # type: ignore[misc]
 
@@ -230,11 +315,16 @@ class CudaEventClock(HostClock):
 
     def phase_ms(self, name: str) -> float:
         """Return the summed device time of a phase."""
-        if not self._read:
-            self._cuda.synchronize()
-            self._read = True
+        self._settle()
         phase = self._phases.get(name)
-        return float(sum(start.elapsed_time(end) for start, end in phase.pairs)) if phase else 0.0  # type: ignore[attr-defined]
+        return phase.between(0, phase.mark()) if phase else 0.0
+
+    def _settle(self) -> None:
+        phases: list[Any] = [phase for phase in self._phases.values() if phase.unread]  # type: ignore[attr-defined]
+        if phases:
+            self._cuda.synchronize()
+        for phase in phases:
+            phase.read()
 
 
 def clock_for(device_type: str) -> HostClock:

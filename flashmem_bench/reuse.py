@@ -21,8 +21,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flashmem.backbone import DecodeState
     from flashmem.generation import Generation
+    from flashmem.state import DecodeState
     from flashmem_bench.rows import Prompt
     from flashmem_bench.samples import Sample
     from flashmem_bench.session import Request
@@ -111,9 +111,9 @@ class PrefixKeeper:
         held = self._keep(session, ids[:length])
         assert self._kept is not None
         backbone = self.method.backbone
-        state = backbone.fork(self._kept.state)
+        state = self._kept.state.fork()
         if len(self._kept.ids) > length:
-            backbone.crop(state, len(self._kept.ids) - length)
+            state.crop([length])
         state.encoded, state.reused = [length - held], [held]
         backbone.append(state, [ids[length:]])
         return state
@@ -132,7 +132,7 @@ class PrefixKeeper:
         else:
             state = kept.state
             if held < len(kept.ids):
-                backbone.crop(state, len(kept.ids) - held)
+                state.crop([held])
             backbone.append(state, [prefix[held:]])
         self._kept = _Kept(session, prefix, state)
         return held

@@ -15,8 +15,9 @@ from flashmem_bench.errors import UsageError
 from flashmem_bench.latency.protocol import Protocol
 
 if TYPE_CHECKING:
-    from flashmem.backbone import Backbone, DecodeState
+    from flashmem.backbone import Backbone
     from flashmem.memory import MemoryConfig, MemorySource
+    from flashmem.state import DecodeState
     from flashmem.trigger import TriggerConfig
 
 DRAWS = 8
@@ -153,7 +154,7 @@ def _evicting(policy: str, backbone: Backbone, asked: Mapping[str, Any]) -> Call
 def _drawing(backbone: Backbone) -> Callable[[list[list[int]]], DecodeState]:
     def shared(prompts: list[list[int]]) -> DecodeState:
         state = backbone.prefill(prompts[:1])
-        backbone.repeat(state, len(prompts))
+        state.repeat(len(prompts))
         return state
 
     return shared

@@ -145,6 +145,12 @@ class _Counter:
         """See `flashmem.generation.Clock`."""
         self.tokens += 1
 
+    def begin(self, samples: Sequence[int]) -> None:
+        """See `flashmem.generation.Clock`."""
+
+    def end(self, sample: int) -> None:
+        """See `flashmem.generation.Clock`."""
+
 
 def _calls_alone(backbone: Backbone, arm: Arm, protocol: Protocol, prompt: list[int], clock: HostClock) -> float:
     """Milliseconds that the clock's calls of one run take with nothing between them."""

@@ -15,8 +15,8 @@ from flashmem_bench.methods.base import BuildContext, MethodSpec
 from flashmem_bench.voting import winner
 
 if TYPE_CHECKING:
-    from flashmem.backbone import DecodeState
     from flashmem.generation import Generation
+    from flashmem.state import DecodeState
     from flashmem_bench.clock import HostClock
     from flashmem_bench.tasks import Sample
 
@@ -68,7 +68,7 @@ class SelfConsistency:
 
         def shared(prompts: list[list[int]]) -> DecodeState:
             state = (prefill or self.backbone.prefill)(prompts[:1])
-            self.backbone.repeat(state, self.draws)
+            state.repeat(self.draws)
             return state
 
         tokens = min(budget or self._generation["max_new_tokens"], self._generation["max_new_tokens"])

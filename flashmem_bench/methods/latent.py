@@ -15,10 +15,10 @@ from flashmem_bench.errors import BenchError
 from flashmem_bench.methods.base import BuildContext
 
 if TYPE_CHECKING:
-    from flashmem.backbone import DecodeState
     from flashmem.generation import Generation
     from flashmem.memory import MemorySource
     from flashmem.scoring import Scores
+    from flashmem.state import DecodeState
     from flashmem.trace import TraceRecorder
     from flashmem.trigger import TriggerConfig
     from flashmem_bench.clock import HostClock

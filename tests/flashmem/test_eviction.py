@@ -100,7 +100,7 @@ def test_a_shared_prefill_continues_as_separate_ones_do(backbone) -> None:
 
     def shared(prompts):
         state = backbone.prefill(prompts[:1])
-        backbone.repeat(state, 3)
+        state.repeat(3)
         return state
 
     together = generate(backbone, prompts_of(11) * 3, generation_config=config, seed=4, prefill=shared)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from scipy.stats import entropy as scipy_entropy
@@ -110,16 +112,30 @@ def test_prefill_rows_equal_the_rows_of_single_steps(backbone) -> None:
 
 
 def test_uniform_and_peaked_rows() -> None:
-    uniform = torch.full((1, 2, 1, 1, 10), 0.1)
-    assert float(row_entropy(uniform, None)) == pytest.approx(torch.log(torch.tensor(10.0)).item(), abs=1e-6)
-    exclude = torch.zeros(1, 10, dtype=torch.bool)
-    exclude[0, :4] = True
-    assert float(row_entropy(uniform, exclude)) == pytest.approx(torch.log(torch.tensor(6.0)).item(), abs=1e-6)
-    assert float(row_entropy(uniform, exclude, normalise=True)) == pytest.approx(1.0, abs=1e-6)
-    assert float(row_entropy(uniform, torch.ones(1, 10, dtype=torch.bool))) == 0.0
-    peaked = torch.zeros(1, 2, 1, 1, 10)
+    def entropy(scores: torch.Tensor, **options: object) -> float:
+        return float(row_entropy(scores, scores.softmax(-1), **options))
+
+    uniform = torch.full((1, 2, 1, 1, 10), 3.0)
+    assert entropy(uniform) == pytest.approx(math.log(10), abs=1e-6)
+    latents = torch.zeros(1, 12, dtype=torch.bool)
+    latents[0, 5] = True
+    assert entropy(uniform, sinks=4) == pytest.approx(math.log(6), abs=1e-6)
+    assert entropy(uniform, sinks=4, latents=latents) == pytest.approx(math.log(5), abs=1e-6)
+    assert entropy(uniform, sinks=4, latents=latents, normalise=True) == pytest.approx(1.0, abs=1e-6)
+    assert entropy(uniform, latents=torch.ones(1, 10, dtype=torch.bool)) == 0.0
+    peaked = torch.full((1, 2, 1, 1, 10), torch.finfo(torch.float32).min)
     peaked[..., 7] = 1.0
-    assert float(row_entropy(peaked, exclude)) == pytest.approx(0.0, abs=1e-6)
+    assert entropy(peaked, sinks=4) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_sink_that_takes_almost_everything_costs_no_digits() -> None:
+    """What is left of a row is summed by itself, never as one minus the sink."""
+    torch.manual_seed(0)
+    scores = torch.randn(1, 2, 3, 1, 200)
+    scores[..., 0] = 25.0
+    left = scores[..., 4:].double().softmax(-1)
+    wanted = scipy_entropy(left.numpy(), axis=-1).mean()
+    assert float(row_entropy(scores, scores.softmax(-1), sinks=4)) == pytest.approx(wanted, abs=2e-5)
 
 
 def test_settings_change_what_is_counted(backbone) -> None:

@@ -24,9 +24,9 @@ def test_a_restored_state_is_the_prefilled_one(family: str, lengths, keep_inputs
     store.prefill(prompts[::-1])
     found, plain = store.prefill(prompts, keep_inputs=keep_inputs), backbone.prefill(prompts, keep_inputs=keep_inputs)
     assert (store.met, store.found) == (2 * len(prompts), len(prompts))
-    for name in ("positions", "latents", "next_position"):
+    for name in ("latents", "next_position"):
         assert torch.equal(getattr(found, name), getattr(plain, name)), name
-    assert (found.encoded, found.ragged) == (plain.encoded, plain.ragged)
+    assert (found.encoded, found.lengths) == (plain.encoded, plain.lengths)
     for name in ("logits", "hidden"):
         torch.testing.assert_close(getattr(found, name), getattr(plain, name), rtol=1e-4, atol=1e-4)
     assert (found.inputs is not None) == keep_inputs

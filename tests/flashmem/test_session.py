@@ -95,15 +95,15 @@ def test_forks_leave_each_other_and_their_parent_alone() -> None:
     history, one, other = prompts_of(25, 6, 8)
     session = Session(backbone, memory_of(backbone, "weaver"), OFTEN)
     session.extend(history)
-    before = {name: tensor.clone() for name, tensor in backbone.export_state(session._state).items()}
+    before = {name: tensor.clone() for name, tensor in session._state.exported().items()}
     first, second = session.fork(), session.fork()
-    assert first._state.cache.layers[0].keys is session._state.cache.layers[0].keys
+    assert first._state.cache.layers[0].keys.data_ptr() == session._state.cache.layers[0].keys.data_ptr()
     for fork, question in ((first, one), (second, other)):
         fork.extend(question)
     crossed = [fork.generate(CONFIG) for fork in (second, first)]
     for answer, question in zip(crossed, (other, one), strict=True):
         same(answer, session.ask(question, CONFIG))
-    after = backbone.export_state(session._state)
+    after = session._state.exported()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert session.token_ids == history and not session._state.kept
 
@@ -219,12 +219,14 @@ def test_limits_are_told_before_anything_is_encoded() -> None:
 def test_a_long_text_is_appended_in_pieces(monkeypatch) -> None:
     from flashmem import backbone as module
 
-    monkeypatch.setattr(module, "_PIECE", 16)
+    monkeypatch.setattr(module, "_LEAST_CHUNK", 1)
     backbone = make_backbone("mistral")
+    backbone.chunk = 16
     history, rest = prompts_of(10, 50)
     session = Session(backbone)
     session.extend(history)
     session.extend(rest)
+    backbone.chunk = None
     whole = backbone.prefill([history + rest])
     torch.testing.assert_close(session.logits, whole.logits[0], rtol=1e-4, atol=1e-5)
     assert session.encoded == 60
@@ -237,11 +239,11 @@ def test_an_answer_that_fails_leaves_the_session_as_it_was(monkeypatch) -> None:
     session.extend(history)
     step, calls = type(backbone).step, []
 
-    def failing(self, state, tokens):
+    def failing(self, state, tokens, rows=None):
         calls.append(tokens)
         if len(calls) == 3:
             raise RuntimeError("out of memory")
-        step(self, state, tokens)
+        step(self, state, tokens, rows)
 
     monkeypatch.setattr(type(backbone), "step", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
