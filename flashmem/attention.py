@@ -6,9 +6,17 @@ queries (prefill) are handed over with `enable_gqa`; where nothing but causality
 
 `plain()` is how the backbone says so. transformers makes a mask of its own where it gets none, but passes on what has
 four dimensions; so "no mask" is a tensor of four dimensions and no elements.
+
+A recorded decode step (see `flashmem.engine`) attends under a mask over more slots than are used. On a GPU a kernel
+that gives each KV head one block would leave most of the device idle there, so there are several ways to compute the
+same, and `best_kernel` takes the one that measures best for a shape, once, after each has been held against the first.
 """
 
 from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -16,6 +24,9 @@ from torch.nn.attention.bias import causal_lower_right
 
 # Queries that are folded under a mask: the mask is repeated R times, which is nothing for so few.
 _FEW = 64
+# Slots of one part where a row of keys is cut into parts.
+_PART = 1024
+_TRIES = 5
 _sdpa = torch.nn.functional.scaled_dot_product_attention
 
 
@@ -52,6 +63,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scali
     rows, few = query.shape[2], query.shape[2] <= _FEW
     if rows == 1 and is_plain(mask):
         return _folded(query, key, value, None, scaling, dropout)
+    if rows == 1 and not dropout:
+        return KERNELS[_decoding](query, key, value, mask, scaling)
     if few and not is_plain(mask):
         return _folded(query, key, value, mask, scaling, dropout)
     if is_plain(mask):
@@ -85,3 +98,95 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: fl
         # The one kernel that takes a mask there wants as many KV heads as query heads.
         key, value, repeat = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1), 1
     return _sdpa(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=repeat > 1)
+
+
+def _by_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    return _folded(query, key, value, mask, scaling, 0.0)
+
+
+def _by_matmul(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """Scores, softmax and weighted sum as three kernels; each spreads over the keys as it likes."""
+    batch, heads, _, width = query.shape
+    scores = torch.matmul(fold(query, key.shape[1]), key.transpose(-1, -2)).float() * scaling
+    weights = scores.masked_fill(~mask, torch.finfo(torch.float32).min).softmax(-1)
+    return torch.matmul(weights.to(value.dtype), value).reshape(batch, heads, 1, width).transpose(1, 2)
+
+
+def _by_parts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """The keys in parts, each with a softmax of its own, put together by their sums: parallel over the parts."""
+    batch, heads, _, width = query.shape
+    groups, length = key.shape[1], key.shape[2]
+    parts = max(n for n in range(1, max(2, length // _PART + 1)) if length % n == 0)
+    shape = (batch, groups, parts, length // parts)
+    keys, values = key.unflatten(2, shape[2:]), value.unflatten(2, shape[2:])
+    folded = fold(query, groups)[:, :, None]
+    scores = torch.matmul(folded, keys.transpose(-1, -2)).float() * scaling
+    seen = mask.expand(batch, 1, 1, length).view(batch, 1, parts, 1, length // parts)
+    scores = scores.masked_fill(~seen, torch.finfo(torch.float32).min)
+    peak = scores.amax(-1, keepdim=True)
+    weights = (scores - peak).exp()
+    sums, outputs = weights.sum(-1, keepdim=True), torch.matmul(weights.to(value.dtype), values).float()
+    share = (peak - peak.amax(2, keepdim=True)).exp()
+    out = (outputs * share).sum(2) / (sums * share).sum(2)
+    return out.to(query.dtype).reshape(batch, heads, 1, width).transpose(1, 2)
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+# Attention of one query a row under a mask `[B, 1, 1, T]`, all `[B, 1, H, d_h]`; the first one is the reference.
+KERNELS: dict[str, Kernel] = {"sdpa": _by_sdpa, "matmul": _by_matmul, "parts": _by_parts}
+_decoding = "sdpa"
+_measured: dict[tuple[object, ...], str] = {}
+
+
+@contextmanager
+def decoding_with(kernel: str) -> Iterator[None]:
+    """Inside, one-token queries under a mask take this kernel."""
+    global _decoding
+    before, _decoding = _decoding, kernel
+    try:
+        yield
+    finally:
+        _decoding = before
+
+
+def best_kernel(keys: Tensor, heads: int) -> str:
+    """The kernel of one-token queries that measures best on a GPU; on a CPU always the first one.
+
+    Args:
+        keys: `[B, G, T, d_h]` of one layer, T the slots that are looked at.
+        heads: query heads H.
+    """
+    if keys.device.type != "cuda":
+        return "sdpa"
+    shape = (*keys.shape, heads, keys.dtype, keys.device)
+    if shape not in _measured:
+        _measured[shape] = _measure(keys, heads)
+    return _measured[shape]
+
+
+def _measure(keys: Tensor, heads: int) -> str:
+    batch, _, length, width = keys.shape
+    query = torch.randn(batch, heads, 1, width, dtype=keys.dtype, device=keys.device)
+    mask = torch.ones(batch, 1, 1, length, dtype=torch.bool, device=keys.device)
+    wanted, times = _by_sdpa(query, keys, keys, mask, width**-0.5), {}
+    for name, kernel in KERNELS.items():
+        found = kernel(query, keys, keys, mask, width**-0.5)
+        if torch.allclose(found.float(), wanted.float(), rtol=2e-2, atol=2e-2):
+            times[name] = _seconds(lambda kernel=kernel: kernel(query, keys, keys, mask, width**-0.5), keys.device)
+    return min(times, key=lambda name: times[name])
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Of a few runs as they will be: replayed, without the launches."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_TRIES):
+            run()
+    times = []
+    for _ in range(_TRIES):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        graph.replay()
+        torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -27,7 +27,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flashmem import monitor as monitoring
 from flashmem import weights
 from flashmem.errors import ConfigError, FlashMemError, PromptTooLongError
-from flashmem.kv_cache import RaggedCache
+from flashmem.engine import Engine, new_engine
+from flashmem.kv_cache import RaggedCache, Slots
 from flashmem.loading import load, require_supported
 from flashmem.masks import pass_mask
 from flashmem.monitor import MonitorConfig
@@ -63,13 +64,28 @@ class Backbone:
         require_supported(self.model.config)
         self.model.set_attn_implementation(monitoring.register())
         self.model.eval().requires_grad_(False)
-        self._tap: monitoring.AttentionTap | None = None
+        self.tap: monitoring.AttentionTap | None = None
         self._collected: list[Tensor] | None = None
         self._fingerprint: str | None = None
         self._mask_kinds = sorted(set(self.layer_types))
         # Asked for in every step, and the model looks for it among all its parameters.
         self._device, self._dtype = self.model.device, self.model.dtype
+        self.execution = "eager"
         self.observe(False)
+
+    @property
+    def execution(self) -> str:
+        """How decoding is run: "eager", "compile" or "graph" (see `flashmem.engine`); assign to change it.
+
+        Raises:
+            ConfigError: no such mode, or one that the device does not have.
+        """
+        return self._execution
+
+    @execution.setter
+    def execution(self, execution: str) -> None:
+        self.engine: Engine = new_engine(self, execution)
+        self._execution = execution
 
     @classmethod
     def from_pretrained(
@@ -217,10 +233,10 @@ class Backbone:
         """Switch the monitor on or off. Off, the monitored layer is a plain SDPA layer."""
         for layer in self.decoder.layers:
             monitoring.detach(layer.self_attn)
-        self._tap = monitoring.attach(self.decoder.layers[self.monitor_layer].self_attn) if on else None
-        if self._tap is not None:
-            self._tap.rows, self._tap.normalise, self._tap.clock = rows, self.monitor.normalise, clock
-            self._tap.sinks = self.monitor.sinks
+        self.tap = monitoring.attach(self.decoder.layers[self.monitor_layer].self_attn) if on else None
+        if self.tap is not None:
+            self.tap.rows, self.tap.normalise, self.tap.clock = rows, self.monitor.normalise, clock
+            self.tap.sinks = self.monitor.sinks
 
     def prefill(self, prompts: list[list[int]], *, keep_inputs: bool = False, room: int = 0) -> DecodeState:
         """Encode prompts, each from slot 0 on.
@@ -237,6 +253,7 @@ class Backbone:
         state = self.empty_state(len(prompts), keep_inputs=keep_inputs)
         self._require_room(prompts)
         state.cache.reserve(max(map(len, prompts)) + room)
+        self.engine.lend(state.cache)
         self.append(state, prompts)
         return state
 
@@ -244,7 +261,7 @@ class Backbone:
         """Feed one token a row, `[B]`, and move the state on; `rows` are those that take it, None is all."""
         counts = None if rows is None or all(rows) else [int(takes) for takes in rows]
         hidden = self.extend(state, self.embed(token_ids[:, None]), counts=counts)
-        self._settle(state, hidden[:, 0], self._newest_entropy(), rows if counts is not None else None)
+        self._settle(state, hidden[:, 0], self.newest_entropy(), rows if counts is not None else None)
 
     def append(self, state: DecodeState, rows: list[list[int]]) -> None:
         """Feed each row tokens of its own, of different numbers, none at all included."""
@@ -271,7 +288,7 @@ class Backbone:
         marks = torch.tensor(taken, device=self.device)[:, None].expand(shape)
         counts = None if all(taken) else [shape[1] * takes for takes in taken]
         hidden = self.extend(state, memory.to(self.dtype), counts=counts, latents=marks)
-        self._settle(state, hidden[:, -1], self._newest_entropy(), None if counts is None else taken)
+        self._settle(state, hidden[:, -1], self.newest_entropy(), None if counts is None else taken)
 
     def read(
         self,
@@ -309,17 +326,17 @@ class Backbone:
         """Hidden state `[B, d]` and entropy `[B]` of each row's last position in one chunk."""
         whole = all(count == embeds.shape[1] for count in counts)
         newest = torch.tensor([max(count - 1, 0) for count in counts], device=self.device)
-        if self._tap is not None and not whole:
-            self._tap.at = newest
+        if self.tap is not None and not whole:
+            self.tap.at = newest
         try:
             hidden = self.extend(state, embeds, counts=None if whole else counts, latents=latents)
         finally:
-            if self._tap is not None:
-                self._tap.at = None
+            if self.tap is not None:
+                self.tap.at = None
         if self._collected is not None:
             self._collected.append(hidden)
         last = hidden[:, -1] if whole else hidden[torch.arange(len(counts), device=self.device), newest]
-        return last, self._newest_entropy()
+        return last, self.newest_entropy()
 
     @contextmanager
     def collecting(self) -> Iterator[list[Tensor]]:
@@ -443,18 +460,34 @@ class Backbone:
         state.cache.keep_inputs(embeds, slots)
         if latents is not None:
             state.cache.mark(latents, slots)
-        if self._tap is not None:
-            self._tap.latents = self._uncounted(state)
-        masks = {kind: pass_mask(slots, width, self._window(kind), self.device) for kind in self._mask_kinds}
+        # Behind the end of a short row they mean nothing.
+        positions = state.next_position[:, None] + torch.arange(width, device=self.device)
+        hidden = self.run(state.cache, embeds, slots, positions)
+        self._move(state, [width] * state.batch_size if counts is None else counts)
+        return hidden
+
+    def run(self, cache: RaggedCache, embeds: Tensor, slots: Slots, positions: Tensor) -> Tensor:
+        """The model itself, and nothing besides: one pass at given slots and positions `[B, Q]`.
+
+        Args:
+            cache: has been told the slots.
+            embeds: `[B, Q, d]` input embeddings.
+            slots: where the pass writes and how far it looks.
+            positions: `[B, Q]`.
+
+        Returns:
+            `[B, Q, d]` post-norm last hidden states.
+        """
+        if self.tap is not None:
+            self.tap.latents = self._uncounted(cache, slots)
+        masks = {kind: pass_mask(slots, embeds.shape[1], self._window(kind), self.device) for kind in self._mask_kinds}
         output = self.decoder(
             inputs_embeds=embeds,
             attention_mask=masks if self.config.model_type in _MASK_PER_TYPE else masks[self._mask_kinds[0]],
-            # Behind the end of a short row they mean nothing.
-            position_ids=state.next_position[:, None] + torch.arange(width, device=self.device),
-            past_key_values=state.cache,
+            position_ids=positions,
+            past_key_values=cache,
             use_cache=True,
         )
-        self._move(state, [width] * state.batch_size if counts is None else counts)
         return output.last_hidden_state.to(self.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -465,9 +498,9 @@ class Backbone:
 
     def row_entropies(self) -> Tensor:
         """`[B, rows]` entropies that the last pass left in the tap (see `observe`)."""
-        if self._tap is None or self._tap.entropy is None:
+        if self.tap is None or self.tap.entropy is None:
             raise FlashMemError("The monitor is off: call observe(True) before the pass.")
-        return self._tap.entropy
+        return self.tap.entropy
 
     def empty_state(self, batch: int, *, keep_inputs: bool = False) -> DecodeState:
         """A state of B rows that has seen nothing."""
@@ -494,22 +527,22 @@ class Backbone:
         state.encoded = [n + count for n, count in zip(state.encoded, counts, strict=True)]
         state.cache.commit(counts)
 
-    def _uncounted(self, state: DecodeState) -> Tensor | None:
+    def _uncounted(self, cache: RaggedCache, slots: Slots) -> Tensor | None:
         """`[B, T]` keys that the monitor leaves out besides the sinks: latents."""
-        marks = state.cache.marks
+        marks = cache.marks
         if marks is None or marks.data is None or self.monitor.count_latents:
             return None
-        missing = state.cache.book.slots.end - marks.capacity
+        missing = slots.end - marks.capacity
         return marks.data if missing <= 0 else nn.functional.pad(marks.data, (0, missing))
 
     def _window(self, kind: str) -> int | None:
         return int(self.config.sliding_window) if kind == _SLIDING else None
 
-    def _newest_entropy(self) -> Tensor | None:
+    def newest_entropy(self) -> Tensor | None:
         """`[B]` that the last pass left in the tap."""
-        if self._tap is None or self._tap.entropy is None:
+        if self.tap is None or self.tap.entropy is None:
             return None
-        return self._tap.entropy[:, -1].to(self.device)
+        return self.tap.entropy[:, -1].to(self.device)
 
     def _settle(
         self,

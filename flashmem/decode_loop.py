@@ -88,6 +88,7 @@ class DecodeLoop:
         batch_size: int | None = None,
     ) -> None:
         self.backbone, self.memory, self.clock = backbone, memory, clock
+        self.engine = backbone.engine
         self.literal, self.keep_memories = literal, keep_memories
         self.plan = Plan.of(generation_config, backbone, prompts)
         self.kind = triggers[0].kind if triggers else "never"
@@ -164,7 +165,7 @@ class DecodeLoop:
     def _shrink(self, state: DecodeState, empty: list[int]) -> DecodeState:
         """Nobody waits for an empty seat: it shall hold nothing, and half a batch goes on as one of its own."""
         staying = [seat for seat, _ in self._rows()]
-        if not staying or self.recorder is not None:
+        if not staying or self.recorder is not None or self.engine.static:
             return state
         if 2 * len(staying) <= len(self.seats):
             self.seats = [self.seats[seat] for seat in staying]
@@ -202,15 +203,15 @@ class DecodeLoop:
         for seat, row in fed:
             assert row.token is not None
             ids[seat], row.token = row.token, None
-        tokens = torch.tensor(ids, device=self.backbone.device)
         anew = [seat for seat, row in fed if self.memory is not None and not self.memory.tail_cache and row.spent]
         if anew:
             part = state.rows(anew)
-            self.backbone.reencode(part, self.backbone.embed(tokens[anew][:, None]))
+            tokens = torch.tensor([[ids[seat]] for seat in anew], device=self.backbone.device)
+            self.backbone.reencode(part, self.backbone.embed(tokens))
             state.put(anew, part)
         stepping = {seat for seat, _ in fed} - set(anew)
         if stepping:
-            self.backbone.step(state, tokens, [seat in stepping for seat in range(len(self.seats))])
+            self.engine.step(state, ids, [seat in stepping for seat in range(len(self.seats))])
 
     def _decide_and_sample(self, state: DecodeState) -> None:
         """One decision and one token a row; a second host copy is made only when an injection changed the logits."""
@@ -219,7 +220,8 @@ class DecodeLoop:
         chosen = self._decide(state, entropies, outputs) if self.watch_attention else []
         proposed = list(tokens)
         if chosen:
-            before = state.logits
+            # A copy: a recorded pass writes to where they are.
+            before = state.logits.clone()
             self._write(state, chosen, entropies, outputs)
             self._compare(before, state.logits, chosen)
             if not self.literal:
@@ -234,6 +236,10 @@ class DecodeLoop:
 
     def _look(self, state: DecodeState) -> tuple[list[int], list[float], list[float]]:
         """Token proposals and entropies of all rows in one device-to-host copy."""
+        known = self.engine.seen(state)
+        if known is not None and not self.plan.processors and not self.plan.do_sample:
+            tokens, entropies, outputs = known.tolist()
+            return [int(token) for token in tokens], entropies, outputs
         columns = [self._sample(state.logits, None).float()]
         if self.watch_attention:
             columns.append(state.entropy)
@@ -280,18 +286,18 @@ class DecodeLoop:
             samples = [row.sample for row in rows if row.sample is not None]
             emitted = [row.result.output_tokens for row in rows]
             counts = [row.gate.injections - 1 for row in rows]
-            latents = self.memory(MemoryContext(self.backbone, part, counts, samples or None, emitted))
+            context = MemoryContext(self.backbone, part, counts, samples or None, emitted)
+            latents = self.engine.write(self.memory, context, state, chosen)
         for nth, (seat, row) in enumerate(zip(chosen, rows, strict=True)):
             self._note(row, latents[nth], entropies[seat], outputs[seat])
         if self.recorder is not None:
             self.recorder.wrote(part, latents, chosen)
         with self.clock.phase("inject"):
-            since = None if self.memory.drops_cache else list(part.lengths)
             if self.memory.drops_cache:
                 self.backbone.reencode(part, latents, latents=True)
+                state.put(chosen, part)
             else:
-                self.backbone.inject(part, latents)
-            state.put(chosen, part, since)
+                self.engine.inject(state, part, latents, chosen)
 
     def _note(self, row: Row, latents: Tensor, entropy: float, output: float) -> None:
         """Record a memory `[K, d]` that is about to be injected."""

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from flashmem.backbone import Backbone
+from flashmem.engine import Engine
 from flashmem.errors import ConfigError
 from flashmem.memory import MemorySource, SampleContext
 from flashmem.state import DecodeState
@@ -219,6 +220,8 @@ def generate(
     loop.streamer, loop.recorder = streamer, recorder
     if recorder is None:
         return _in_order(loop.run())
+    # It reads along inside the passes, and a recorded pass tells nobody anything.
+    loop.engine = Engine(backbone)
     with recorder.watching(backbone, prompts, memory, triggers[0], sampling_logits):
         results = _in_order(loop.run())
     recorder.finish(results)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +112,14 @@ class _Book:
     reserved: int = 0
     slots: Slots | None = None
     keeps: bool = True
+    # While a pass is recorded that must not ask the host: slots that it looks at, whatever the lengths.
+    bucket: int | None = None
+    ends: Tensor | None = None
+
+    @property
+    def longest(self) -> int:
+        """Slots that hold everything."""
+        return max(self.lengths) if self.bucket is None else self.bucket
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -126,12 +135,12 @@ class RaggedLayer(CacheLayerMixin):
     @property
     def keys(self) -> Tensor:
         """`[B, G, T, d_h]`, T the longest row; a view, do not write."""
-        return self.buffers[0].view(max(self.book.lengths))
+        return self.buffers[0].view(self.book.longest)
 
     @property
     def values(self) -> Tensor:
         """As `keys`."""
-        return self.buffers[1].view(max(self.book.lengths))
+        return self.buffers[1].view(self.book.longest)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Called by the model's layer with its new `[B, G, Q, d_h]`; returns what the pass looks at."""
@@ -205,8 +214,8 @@ class RaggedCache(Cache):
 
     @property
     def even(self) -> bool:
-        """Whether all rows have one length."""
-        return len(set(self.book.lengths)) == 1
+        """Whether all rows are known to have one length."""
+        return self.book.bucket is None and len(set(self.book.lengths)) == 1
 
     @property
     def capacity(self) -> int:
@@ -216,6 +225,27 @@ class RaggedCache(Cache):
     def reserve(self, slots: int) -> None:
         """The next buffers that are made have room for so many slots."""
         self.book.reserved = max(self.book.reserved, slots)
+
+    def make_room(self, slots: int) -> None:
+        """Have buffers for so many slots now, which are this cache's own to write behind the rows' ends."""
+        if len(self._kin) > 1:
+            self._claim()
+        self.book.slots = Slots(0, slots)
+        for buffer in self._buffers():
+            if buffer.data is not None:
+                _make_room(buffer, buffer.data, self.book)
+            elif buffer is self.marks:
+                like = torch.zeros(1, 1, dtype=torch.bool, device=self._device()).expand(len(self.lengths), 1)
+                _make_room(buffer, like, self.book)
+
+    @contextmanager
+    def static(self, bucket: int, ends: Tensor) -> Iterator[None]:
+        """Inside, nothing depends on the host's lengths: passes look at a bucket, and rows end where `ends` says."""
+        self.book.bucket, self.book.ends = bucket, ends
+        try:
+            yield
+        finally:
+            self.book.bucket = self.book.ends = None
 
     def place(self, width: int, starts: Callable[[], Tensor]) -> Slots:
         """Decide where a pass of `width` positions a row writes, and have the right to write there.
@@ -302,6 +332,10 @@ class RaggedCache(Cache):
         if len(self._kin) > 1:
             self._claim([0 if since is None else since[rows.index(n)] if n in rows else 10**9 for n in self._each()])
         self.book.slots = Slots(0, max(other.lengths))
+        if self.marks is not None and self.marks.data is not None and not _same(self.marks, other.marks, rows[0]):
+            # Latents of whoever sat there before.
+            for nth, row in enumerate(rows):
+                self.marks.data[row, 0 if since is None else since[nth] :] = False
         for mine, theirs in zip(self._buffers(), other._buffers(), strict=True):
             if theirs.data is None or _same(mine, theirs, rows[0]):
                 continue
@@ -356,6 +390,10 @@ class RaggedCache(Cache):
             layer.update(k, v)
         self.book.lengths[:] = lengths
 
+    def _device(self) -> torch.device:
+        data = self.layers[0].buffers[0].data
+        return data.device if data is not None else torch.device("cpu")
+
     def _each(self) -> range:
         return range(len(self.lengths))
 
@@ -405,8 +443,8 @@ class RaggedCache(Cache):
             layer.book = self.book
 
 
-def _same(mine: SlotBuffer, theirs: SlotBuffer, row: int) -> bool:
+def _same(mine: SlotBuffer, theirs: SlotBuffer | None, row: int) -> bool:
     """Whether a buffer of some rows is a view of the whole one."""
-    if mine.data is None or theirs.data is None:
+    if theirs is None or mine.data is None or theirs.data is None:
         return False
     return mine.data[row].data_ptr() == theirs.data.data_ptr()

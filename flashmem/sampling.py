@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,8 +17,10 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from flashmem.backbone import Backbone
 from flashmem.errors import ConfigError, PromptTooLongError
+
+if TYPE_CHECKING:
+    from flashmem.backbone import Backbone
 
 
 @dataclass
@@ -118,6 +121,21 @@ def _processors(config: GenerationConfig) -> LogitsProcessorList:
     if config.min_p is not None:
         chosen.append(MinPLogitsWarper(config.min_p))
     return chosen
+
+
+def look(logits: Tensor, entropy: Tensor) -> Tensor:
+    """What the host has to know of a step, in one tensor.
+
+    Args:
+        logits: `[B, V]`.
+        entropy: `[B]` of the monitored attention, nats.
+
+    Returns:
+        `[3, B]`: the likeliest token, that entropy, and the entropy of the next-token distribution, nats. Token ids
+        stay exact in float32 up to 2**24, far above any vocabulary.
+    """
+    log_p = logits.log_softmax(-1)
+    return torch.stack([logits.argmax(-1).float(), entropy, -(log_p.exp() * log_p).sum(-1)])
 
 
 def stream_of(seed: int, row: int, device: torch.device) -> torch.Generator:

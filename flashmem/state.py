@@ -62,7 +62,7 @@ class DecodeState:
     @property
     def length(self) -> int:
         """T, the longest row."""
-        return max(self.cache.lengths)
+        return self.cache.book.longest
 
     @property
     def inputs(self) -> Tensor | None:
@@ -90,6 +90,8 @@ class DecodeState:
 
     def ends(self) -> Tensor:
         """`[B]` the slot behind each row."""
+        if self.cache.book.ends is not None:
+            return self.cache.book.ends
         if not any(self.evicted):
             return self.next_position
         return self.next_position - torch.tensor(self.evicted, device=self.next_position.device)
@@ -123,6 +125,7 @@ class DecodeState:
             evicted=list(self.evicted),
             reused=list(self.lengths),
             kept={name: it.fork() for name, it in self.kept.items()},
+            **{name: getattr(self, name).clone() for name in _ROWS},
         )
 
     def reading(self) -> DecodeState:
@@ -173,6 +176,12 @@ class DecodeState:
         self.cache.put(rows, other.cache, since)
         for name in _ROWS:
             setattr(self, name, getattr(self, name).index_copy(0, index, getattr(other, name)))
+        self.note(rows, other)
+
+    def note(self, rows: Sequence[int], other: DecodeState) -> None:
+        """Take over the counts of rows of another state, and what memory sources keep."""
+        if other is self:
+            return
         for name in _COUNTS:
             for row, count in zip(rows, getattr(other, name), strict=True):
                 getattr(self, name)[row] = count

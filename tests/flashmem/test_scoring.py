@@ -161,10 +161,10 @@ def test_an_evicted_prompt_is_scored_over_what_is_left(backbone) -> None:
 
 def test_the_monitor_is_off_again_and_no_hook_stays(backbone) -> None:
     score(backbone, *prompts_of(9), prompts_of(2), memory=_memory(backbone), trigger=AT_END, tail=1)
-    assert backbone._tap is None and not backbone.decoder._forward_hooks
+    assert backbone.tap is None and not backbone.decoder._forward_hooks
     with pytest.raises(PromptTooLongError, match="shorten the prompt"):
         score(backbone, *prompts_of(510), prompts_of(4))
-    assert backbone._tap is None
+    assert backbone.tap is None
 
 
 @pytest.mark.parametrize(
