@@ -57,13 +57,14 @@ def engine(
     stop = Stop(least, max(o.count(most_runs, "--most-runs") or 0, least), deadline=deadline)
     lengths = tuple(o.count(length, "--contexts") or 0 for length in o.split_list(contexts))
     setting = _setting(model, model_shape, device, dtype, exec_, stop, lengths, o.count(seed, "--seed", 0) or 0)
-    before, found = _snapshot(setting), []
+    left_out = [] if names else others(wanted)
+    document, found = _document(setting), []
+    path = _keep(results_dir, document, left_out)
     for outcome in run_checks(setting, wanted):
         found.append(outcome)
         o.say(f"{outcome.check}: {_progress(outcome)}", quiet)
-    left_out = [] if names else others(wanted)
-    document = _document(setting, [*found, *left_out], before)
-    path = _keep(results_dir, document)
+        document["after"] = _snapshot(setting)
+        _keep(results_dir, document, [*found, *left_out])
     if not quiet:
         _show([*found, *left_out], document, str(path))
     if json:
@@ -101,7 +102,8 @@ def _progress(outcome: Outcome) -> str:
     return "; ".join(f"{figure.name} {figure.estimate:.3f} ({figure.verdict})" for figure in outcome.figures)
 
 
-def _document(setting: Setting, outcomes: list[Outcome], before: dict[str, Any]) -> dict[str, Any]:
+def _document(setting: Setting) -> dict[str, Any]:
+    """Everything but what the checks find."""
     from datetime import UTC, datetime
 
     from flashmem_bench.engine.table import CPU_STAMP
@@ -118,15 +120,16 @@ def _document(setting: Setting, outcomes: list[Outcome], before: dict[str, Any])
         "timing": CPU_STAMP if setting.device == "cpu" else f"timing on {setting.device}",
         "seed": setting.seed,
         "machine": describe(backbone),
-        "before": before,
-        "after": _snapshot(setting),
-        "checks": [outcome.plain() for outcome in outcomes],
+        "before": _snapshot(setting),
+        "after": None,
+        "checks": [],
     }
 
 
-def _keep(results_dir: o.Path, document: dict[str, Any]) -> o.Path:
+def _keep(results_dir: o.Path, document: dict[str, Any], outcomes: list[Outcome]) -> o.Path:
     from flashmem_bench.engine.files import write
 
+    document["checks"] = [outcome.plain() for outcome in outcomes]
     return write(results_dir, document)
 
 

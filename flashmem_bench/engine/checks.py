@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from flashmem.errors import FlashMemError
 from flashmem_bench.engine import answering, decoding, memory, profile, stepping
 from flashmem_bench.engine.figures import Outcome
-from flashmem_bench.errors import UnknownNameError
+from flashmem_bench.errors import UnknownNameError, UsageError
 
 if TYPE_CHECKING:
     from flashmem_bench.engine.setting import Setting
@@ -79,7 +80,21 @@ def run_checks(setting: Setting, wanted: Sequence[Check]) -> Iterator[Outcome]:
         elif setting.stop.late:
             yield Outcome(check.name, skipped="the time was up before it began: give it more with --budget-minutes")
         else:
-            yield check.run(setting)
+            yield _run(setting, check)
+
+
+def _run(setting: Setting, check: Check) -> Outcome:
+    """Run a check; where it fails the others go on."""
+    import torch
+
+    try:
+        return check.run(setting)
+    except UsageError:
+        raise
+    except torch.OutOfMemoryError:
+        return Outcome(check.name, skipped="the device ran out of memory: choose smaller --contexts")
+    except FlashMemError as error:
+        return Outcome(check.name, skipped=f"it failed: {error}")
 
 
 def others(wanted: Sequence[Check]) -> list[Outcome]:

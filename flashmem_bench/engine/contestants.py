@@ -39,11 +39,17 @@ def ours(backbone: Backbone, prompts: Answers, config: Any, rows: int) -> Answer
     """Answer all prompts with at most `rows` of them under way; a row that ends makes room for a waiting prompt."""
     from flashmem.generation import generate
 
-    if "batch_size" in inspect.signature(generate).parameters:
-        found = generate(backbone, prompts, generation_config=config, batch_size=rows)
-    else:
-        batches = [prompts[start : start + rows] for start in range(0, len(prompts), rows)]
-        found = [answer for batch in batches for answer in generate(backbone, batch, generation_config=config)]
+    if "batch_size" not in inspect.signature(generate).parameters:
+        return ours_in_batches(backbone, prompts, config, rows)
+    return [answer.token_ids for answer in generate(backbone, prompts, generation_config=config, batch_size=rows)]
+
+
+def ours_in_batches(backbone: Backbone, prompts: Answers, config: Any, rows: int) -> Answers:
+    """Answer `rows` prompts after the other `rows`; a row that ends waits for those beside it."""
+    from flashmem.generation import generate
+
+    batches = [prompts[start : start + rows] for start in range(0, len(prompts), rows)]
+    found = [answer for batch in batches for answer in generate(backbone, batch, generation_config=config)]
     return [answer.token_ids for answer in found]
 
 

@@ -6,12 +6,12 @@ can go below; a bound on FlashMem's overhead is a multiple of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flashmem_bench.engine.bounds import at_least, at_most
 from flashmem_bench.engine.contestants import our_decode_seconds
-from flashmem_bench.engine.figures import Figure, Outcome
+from flashmem_bench.engine.figures import Bound, Figure, Outcome
 from flashmem_bench.engine.gates import full_pass, together
 from flashmem_bench.engine.turns import Ratio, Turns, take_turns
 from flashmem_bench.engine.workload import fixed_length, random_prompt
@@ -29,27 +29,25 @@ ROWS, ROW_TOKENS, HELD_ROWS = 32, 128, 4
 def decode_4k(setting: Setting) -> Outcome:
     """Decode time of flashmem over plain decoding, against the floor that is computed."""
     found = Outcome("decode-4k")
-    for context in setting.lengths((4096,), _room()):
-        turns, arms = _methods(setting, found, ("vanilla", "flashmem"), context)
-        if turns is None:
-            return found
-        floor = _floor(setting, arms[1], context)
-        bound = at_most(setting, NEAR_FLOOR * floor, "cpu", context == 4096)
-        found.figures += _over(turns, "flashmem", "vanilla", context, expected=floor, bound=bound)
     found.notes.append(f"expected: the floor from N, K, L, d and T; the bound is {NEAR_FLOOR} times the floor")
-    return found
+    return _overhead(setting, found, 4096, lambda floor, usual: at_most(setting, NEAR_FLOOR * floor, "cpu", usual))
 
 
 def overhead_64k(setting: Setting) -> Outcome:
     """Decode time of flashmem over plain decoding at a long context."""
     found = Outcome("overhead-64k")
-    for context in setting.lengths((65536,), _room()):
+    found.notes.append("expected: the floor from N, K, L, d and T; the paper's own figure is 1.23")
+    return _overhead(setting, found, 65536, lambda floor, usual: at_most(setting, OVERHEAD, "cuda", usual))
+
+
+def _overhead(setting: Setting, found: Outcome, own: int, bound_of: Callable[[float, bool], Bound | None]) -> Outcome:
+    for context in setting.lengths((own,), _room()):
         turns, arms = _methods(setting, found, ("vanilla", "flashmem"), context)
         if turns is None:
             return found
-        floor, bound = _floor(setting, arms[1], context), at_most(setting, OVERHEAD, "cuda", context == 65536)
+        floor = _floor(setting, arms[1], context)
+        bound = bound_of(floor, context == own)
         found.figures += _over(turns, "flashmem", "vanilla", context, expected=floor, bound=bound)
-    found.notes.append("expected: the floor from N, K, L, d and T; the paper's own figure is 1.23")
     return found
 
 

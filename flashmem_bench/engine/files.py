@@ -1,7 +1,8 @@
 """The document of a command, and one table of the figures of all of them.
 
-`<results>/engine/<stamp>.json` is written once and never changed; `<results>/engine/engine.csv` is made again from all
-documents each time, one row a figure, and one for every check without a figure that says why.
+`<results>/engine/<stamp>.json` is written after every check, so that a command that is stopped keeps what it has;
+`<results>/engine/engine.csv` is made again from all documents each time, one row a figure, and one for every check
+without a figure that says why.
 """
 
 from __future__ import annotations
