@@ -41,7 +41,8 @@ def ours(backbone: Backbone, prompts: Answers, config: Any, rows: int) -> Answer
 
     if "batch_size" not in inspect.signature(generate).parameters:
         return ours_in_batches(backbone, prompts, config, rows)
-    return [answer.token_ids for answer in generate(backbone, prompts, generation_config=config, batch_size=rows)]
+    more: dict[str, Any] = {"batch_size": rows}
+    return [answer.token_ids for answer in generate(backbone, prompts, generation_config=config, **more)]
 
 
 def ours_in_batches(backbone: Backbone, prompts: Answers, config: Any, rows: int) -> Answers:

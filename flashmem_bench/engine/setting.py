@@ -93,7 +93,7 @@ def clean_model(setting: Setting) -> Any:
     backbone = setting.backbone
     dtype = str(backbone.dtype).removeprefix("torch.")
     if setting.shape is not None:
-        model = random_model(setting.shape, str(backbone.device), dtype, setting.seed)
+        model: Any = random_model(setting.shape, str(backbone.device), dtype, setting.seed)
     else:
         source = str(bundled_weights()) if setting.model == BUNDLED else setting.model
         model = load(source, dtype, False)[0].to(backbone.device)
