@@ -15,6 +15,7 @@ from flashmem.generation import generate
 from flashmem.memory import MemoryConfig, new_memory
 from flashmem.trigger import TriggerConfig
 from flashmem_bench.cli import run as command
+from flashmem_bench.clock import HostClock
 from flashmem_bench.engine import answering, checks, decoding, files, memory, prefill_process, profile, stepping
 from flashmem_bench.engine.bounds import at_least, at_most
 from flashmem_bench.engine.contestants import ours, ours_in_batches, their_decode_seconds, theirs
@@ -24,9 +25,11 @@ from flashmem_bench.engine.setting import Setting, set_execution
 from flashmem_bench.engine.turns import Ratio, take_turns
 from flashmem_bench.engine.workload import fixed_length, mixed_prompts, random_prompt, until_eos
 from flashmem_bench.errors import BenchError, UnknownNameError, UsageError
+from flashmem_bench.latency.arms import new_arm
 from flashmem_bench.latency.interleave import Stop
 from flashmem_bench.latency.protocol import Protocol
 from flashmem_bench.latency.shapes import random_backbone
+from flashmem_bench.latency.timing import row_of, timed_run
 from flashmem_bench.models import load_backbone
 
 FIVE = Stop(runs=5, most_runs=5)
@@ -221,6 +224,16 @@ def test_execution_is_set_where_the_backbone_has_it() -> None:
         set_execution(able, "fast")
 
 
+@pytest.mark.parametrize(("execution", "column"), [(None, "eager"), ("graph", "graph")])
+def test_a_latency_row_says_how_the_backbone_was_executed(execution: str | None, column: str) -> None:
+    backbone, protocol = random_backbone("smoke", "cpu", "float32"), Protocol(cycles=1, cycle_text=2)
+    arm = new_arm("vanilla", backbone, protocol)
+    run = timed_run(backbone, arm, protocol, [5] * 8, HostClock())
+    if execution is not None:
+        backbone.execution = execution
+    assert row_of(backbone, arm, protocol, 8, 0, run, None)["exec"] == column
+
+
 REHEARSED = ["generate-batch1", "generate-batch16", "decode-4k", "monitored-row-8k", "decode-bandwidth",
              "generate-long", "overhead-64k", "batch32-4k", "memgen-64k", "profile"]  # fmt: skip
 
@@ -287,6 +300,21 @@ def test_gaps_and_kernels_of_a_step_are_added_up() -> None:
     found = [("mm", 0.0, 4.0), ("cat", 3.0, 5.0), ("mm", 7.0, 8.0)]
     assert profile.covered(found) == 6.0
     assert profile.by_time(found, 1) == [{"name": "mm", "us": 5.0, "calls": 2}]
+
+
+def test_a_check_that_fails_leaves_the_others(smoke: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(setting: Setting) -> Outcome:
+        raise BenchError("the profiler saw no kernel")
+
+    def fills(setting: Setting) -> Outcome:
+        raise torch.OutOfMemoryError("too much")
+
+    both = [checks.Check("one", "", ("cpu",), fails), checks.Check("two", "", ("cpu",), fills)]
+    found = list(checks.run_checks(smoke, both))
+    assert [outcome.skipped for outcome in found] == [
+        "it failed: the profiler saw no kernel",
+        "the device ran out of memory: choose smaller --contexts",
+    ]
 
 
 def test_the_command_writes_its_document_and_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

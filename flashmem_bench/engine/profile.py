@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flashmem_bench.engine.contestants import timed
 from flashmem_bench.engine.figures import Figure, Outcome
 from flashmem_bench.engine.workload import random_prompt
+from flashmem_bench.errors import BenchError
 from flashmem_bench.floor import Shape
 from flashmem_bench.latency.work import model_pass
 
@@ -86,11 +87,14 @@ def _profiled(setting: Setting, state: DecodeState) -> list[tuple[str, float, fl
     with profile(activities=activities) as found:
         timed(setting.backbone, lambda: _step(setting, state))
     kind = DeviceType.CUDA if on_device else DeviceType.CPU
-    return [
+    intervals = [
         (event.name, float(event.time_range.start), float(event.time_range.end))
         for event in found.events()
         if event.device_type == kind and (on_device or event.cpu_parent is None)
     ]
+    if not intervals:
+        raise BenchError("the profiler saw no kernel of the step: allow it to read the device's counters")
+    return intervals
 
 
 def covered(intervals: Iterable[tuple[str, float, float]]) -> float:

@@ -1,17 +1,18 @@
 """What the monitored attention row costs: decode steps with the monitor on and off, from one and the same state.
 
 Both take short blocks of steps in turns, each on a fork of one prefilled state, so that the context is the same in
-every block. The first steps of a block are not timed: there a fork copies what it shares, and a kernel is chosen.
+every block. The first steps of a block are not timed: there a fork copies what it shares, and a kernel is chosen. A
+block gives the median of its steps, which one interruption by the system does not move.
 """
 
 from __future__ import annotations
 
-import time
+import statistics
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flashmem_bench.engine.bounds import at_most
-from flashmem_bench.engine.contestants import settle
+from flashmem_bench.engine.contestants import timed
 from flashmem_bench.engine.figures import Figure, Outcome
 from flashmem_bench.engine.gates import tolerance
 from flashmem_bench.engine.turns import Ratio, take_turns
@@ -37,7 +38,7 @@ def monitored_row(setting: Setting) -> Outcome:
     found = Outcome("monitored-row-8k")
     stop = setting.stop
     stop = replace(stop, runs=_BLOCKS * stop.runs, most_runs=_BLOCKS * stop.most_runs, tolerance=_TOLERANCE)
-    ratio = Ratio(ON, OFF, "seconds")
+    ratio = Ratio(ON, OFF, "step_seconds")
     for context in setting.lengths((8192,), STEPS + UNTIMED):
         with torch.inference_mode():
             base = setting.backbone.prefill([random_prompt(setting.backbone, context, setting.seed)])
@@ -57,13 +58,13 @@ def monitored_row(setting: Setting) -> Outcome:
 
 def _blocks(setting: Setting, base: DecodeState, on: bool) -> Any:
     def block(_: Any) -> dict[str, float]:
-        return {"seconds": _steps(setting, base, on)[0]}
+        return {"step_seconds": _steps(setting, base, on)[0]}
 
     return block
 
 
 def _steps(setting: Setting, base: DecodeState, on: bool) -> tuple[float, Tensor, Tensor]:
-    """Run a block on a fork; returns the seconds of its timed steps, and the last logits and entropy."""
+    """Run a block on a fork; returns the median seconds of its timed steps, and the last logits and entropy."""
     import torch
 
     backbone = setting.backbone
@@ -71,12 +72,8 @@ def _steps(setting: Setting, base: DecodeState, on: bool) -> tuple[float, Tensor
     state, token = backbone.fork(base), torch.zeros(base.batch_size, dtype=torch.long, device=backbone.device)
     for _ in range(UNTIMED):
         backbone.step(state, token)
-    settle(backbone)
-    begun = time.perf_counter()
-    for _ in range(STEPS):
-        backbone.step(state, token)
-    settle(backbone)
-    return time.perf_counter() - begun, state.logits.clone(), state.entropy.clone()
+    times = [timed(backbone, lambda: backbone.step(state, token))[0] for _ in range(STEPS)]
+    return statistics.median(times), state.logits.clone(), state.entropy.clone()
 
 
 def _same_logits(setting: Setting, base: DecodeState, found: Outcome, context: int) -> bool:
