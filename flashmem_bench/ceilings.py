@@ -41,12 +41,25 @@ def measure_ceilings(device: str, dtype: Any) -> Ceilings:
     on_cpu = device.startswith("cpu")
     size = 512 if on_cpu else 8192
     matrix = torch.randn(size, size, device=device, dtype=dtype)
-    block = torch.empty(2**26 if on_cpu else 2**30, dtype=torch.uint8, device=device)
     flops = 2 * size**3 / _best(lambda: matrix @ matrix, device)
-    bytes_s = 2 * block.numel() / _best(block.clone, device)
+    bytes_s = copy_bandwidth(device)
     small = matrix[:1, :64]
     launch = _best(lambda: [torch.nn.functional.silu(small) for _ in range(200)], device) / 200
     return Ceilings(flops, bytes_s, launch * 1e6, f"{device} in {str(dtype).removeprefix('torch.')}")
+
+
+def copy_bandwidth(device: str) -> float:
+    """Return the bytes a second, read and written, of the fastest copy of a large block.
+
+    Args:
+        device: A torch device, such as cpu or cuda:1.
+    """
+    import torch
+
+    block = torch.empty(2**26 if device.startswith("cpu") else 2**30, dtype=torch.uint8, device=device)
+    # Into memory that is there already: a fresh block would be timed with the pages that the system brings in.
+    target = torch.empty_like(block)
+    return 2 * block.numel() / _best(lambda: target.copy_(block), device)
 
 
 def _best(work: Callable[[], Any], device: str) -> float:

@@ -10,6 +10,7 @@ from flashmem_bench.cli.calibrate import calibrate
 from flashmem_bench.cli.compare import compare
 from flashmem_bench.cli.describe import describe
 from flashmem_bench.cli.doctor import doctor
+from flashmem_bench.cli.engine import engine
 from flashmem_bench.cli.latency import latency
 from flashmem_bench.cli.lists import list_names
 from flashmem_bench.cli.moments import moments
@@ -45,6 +46,7 @@ for _name, _command in {
     "calibrate": calibrate,
     "moments": moments,
     "latency": latency,
+    "engine": engine,
     "compare": compare,
     "report": report,
     "regrade": regrade,

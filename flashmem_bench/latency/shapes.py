@@ -63,10 +63,21 @@ def random_backbone(shape: str, device: str, dtype: str, seed: int = 0) -> Backb
     Raises:
         UsageError: No such shape.
     """
+    from flashmem.backbone import Backbone
+
+    model = random_model(shape, device, dtype, seed)
+    tokenizer: Any = NumberTokenizer(int(model.config.vocab_size))
+    return Backbone(f"random-{shape}", model, tokenizer)
+
+
+def random_model(shape: str, device: str, dtype: str, seed: int = 0) -> Any:
+    """Make the transformers model of a named shape; the same seed gives the same weights.
+
+    Raises:
+        UsageError: No such shape.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from flashmem.backbone import Backbone
 
     if shape not in SHAPES:
         raise UsageError(f"--model-shape is one of {', '.join(SHAPES)}, not {shape!r}")
@@ -75,5 +86,4 @@ def random_backbone(shape: str, device: str, dtype: str, seed: int = 0) -> Backb
     torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    tokenizer: Any = NumberTokenizer(int(values["vocab_size"]))
-    return Backbone(f"random-{shape}", model.to(device), tokenizer)
+    return model.to(device)
