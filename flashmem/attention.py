@@ -23,11 +23,12 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 # Queries that are folded under a mask: the mask is repeated R times, which is nothing for so few.
-_FEW = 64
+FEW = 64
 # Slots of one part where a row of keys is cut into parts.
 _PART = 1024
 _TRIES = 5
 _sdpa = torch.nn.functional.scaled_dot_product_attention
+_cpu_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def plain(device: torch.device) -> Tensor:
@@ -60,10 +61,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scali
     Returns:
         `[B, Q, H, d_h]`.
     """
-    rows, few = query.shape[2], query.shape[2] <= _FEW
+    rows, few = query.shape[2], query.shape[2] <= FEW
     if rows == 1 and is_plain(mask):
         return _folded(query, key, value, None, scaling, dropout)
-    if rows == 1 and not dropout:
+    if rows == 1 and mask is not None and mask.dtype != torch.bool and not dropout:
         return KERNELS[_decoding](query, key, value, mask, scaling)
     if few and not is_plain(mask):
         return _folded(query, key, value, mask, scaling, dropout)
@@ -84,12 +85,35 @@ def _folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
-    """`[B, H, Q, d_h]`; the lower-right form makes no mask where the device has a kernel for it."""
+    """`[B, H, Q, d_h]`; a piece behind another needs no mask where the device has a kernel for it."""
     rows, length, grouped = query.shape[2], key.shape[2], query.shape[1] != key.shape[1]
     if rows == length:
         return _sdpa(query, key, value, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=grouped)
+    if query.device.type == "cpu" and not dropout and not (torch.is_grad_enabled() and query.requires_grad):
+        return _in_two(query, key, value, scaling)
     bias = causal_lower_right(rows, length)
     return _sdpa(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
+
+
+def _in_two(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """What lies before the piece, all of it visible, and the piece itself, joined by their sums of exponentials.
+
+    The CPU has no kernel for a causal piece behind another, and under a mask it takes twice as long and Q x T numbers.
+    The kernel is called by its own name because the public function does not tell the sums.
+    """
+    batch, heads, rows, width = query.shape
+    groups, start = key.shape[1], key.shape[2] - rows
+    early, early_sums = _cpu_kernel(fold(query, groups), key[:, :, :start], value[:, :, :start], scale=scaling)
+    shape = (batch, groups, heads // groups, rows)
+    early, early_sums = early.view(*shape, width), early_sums.view(shape)
+    pieces = [
+        # Folded queries have no order, so the query heads of a KV head come one after the other.
+        _cpu_kernel(part, key[:, :, start:], value[:, :, start:], is_causal=True, scale=scaling)
+        for part in query.view(*shape, width).unbind(2)
+    ]
+    late, late_sums = (torch.stack(parts, 2) for parts in zip(*pieces, strict=True))
+    share = torch.sigmoid(early_sums - late_sums)[..., None].to(late.dtype)
+    return late.lerp_(early, share).view(batch, heads, rows, width)
 
 
 def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, dropout: float) -> Tensor:
@@ -108,7 +132,7 @@ def _by_matmul(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling:
     """Scores, softmax and weighted sum as three kernels; each spreads over the keys as it likes."""
     batch, heads, _, width = query.shape
     scores = torch.matmul(fold(query, key.shape[1]), key.transpose(-1, -2)).float() * scaling
-    weights = scores.masked_fill(~mask, torch.finfo(torch.float32).min).softmax(-1)
+    weights = (scores + mask).softmax(-1)
     return torch.matmul(weights.to(value.dtype), value).reshape(batch, heads, 1, width).transpose(1, 2)
 
 
@@ -121,8 +145,7 @@ def _by_parts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: 
     keys, values = key.unflatten(2, shape[2:]), value.unflatten(2, shape[2:])
     folded = fold(query, groups)[:, :, None]
     scores = torch.matmul(folded, keys.transpose(-1, -2)).float() * scaling
-    seen = mask.expand(batch, 1, 1, length).view(batch, 1, parts, 1, length // parts)
-    scores = scores.masked_fill(~seen, torch.finfo(torch.float32).min)
+    scores = scores + mask.expand(batch, 1, 1, length).reshape(batch, 1, parts, 1, length // parts)
     peak = scores.amax(-1, keepdim=True)
     weights = (scores - peak).exp()
     sums, outputs = weights.sum(-1, keepdim=True), torch.matmul(weights.to(value.dtype), values).float()
@@ -132,7 +155,7 @@ def _by_parts(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: 
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
-# Attention of one query a row under a mask `[B, 1, 1, T]`, all `[B, 1, H, d_h]`; the first one is the reference.
+# Attention of one query a row under an additive mask `[B, 1, 1, T]`, all `[B, 1, H, d_h]`; the first is the reference.
 KERNELS: dict[str, Kernel] = {"sdpa": _by_sdpa, "matmul": _by_matmul, "parts": _by_parts}
 _decoding = "sdpa"
 _measured: dict[tuple[object, ...], str] = {}
@@ -167,7 +190,7 @@ def best_kernel(keys: Tensor, heads: int) -> str:
 def _measure(keys: Tensor, heads: int) -> str:
     batch, _, length, width = keys.shape
     query = torch.randn(batch, heads, 1, width, dtype=keys.dtype, device=keys.device)
-    mask = torch.ones(batch, 1, 1, length, dtype=torch.bool, device=keys.device)
+    mask = torch.zeros(batch, 1, 1, length, dtype=keys.dtype, device=keys.device)
     wanted, times = _by_sdpa(query, keys, keys, mask, width**-0.5), {}
     for name, kernel in KERNELS.items():
         found = kernel(query, keys, keys, mask, width**-0.5)

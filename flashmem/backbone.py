@@ -68,8 +68,6 @@ class Backbone:
         self._collected: list[Tensor] | None = None
         self._fingerprint: str | None = None
         self._mask_kinds = sorted(set(self.layer_types))
-        # Asked for in every step, and the model looks for it among all its parameters.
-        self._device, self._dtype = self.model.device, self.model.dtype
         self.execution = "eager"
         self.observe(False)
 
@@ -127,12 +125,13 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self._device
+        # Asked for in every step; the model itself would look for it among all its parameters.
+        return self.model.get_input_embeddings().weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
-        return self._dtype
+        return self.model.get_input_embeddings().weight.dtype
 
     @property
     def hidden_size(self) -> int:
@@ -480,7 +479,8 @@ class Backbone:
         """
         if self.tap is not None:
             self.tap.latents = self._uncounted(cache, slots)
-        masks = {kind: pass_mask(slots, embeds.shape[1], self._window(kind), self.device) for kind in self._mask_kinds}
+        shared = self.device, self.dtype
+        masks = {kind: pass_mask(slots, embeds.shape[1], self._window(kind), *shared) for kind in self._mask_kinds}
         output = self.decoder(
             inputs_embeds=embeds,
             attention_mask=masks if self.config.model_type in _MASK_PER_TYPE else masks[self._mask_kinds[0]],

@@ -200,16 +200,29 @@ class Consolidator(nn.Module):
         caches = [ReadOnlyCache(*cached(layer), grow=grow) for layer in self.reads]
         current = self.seed(hidden.to(self.seed.inner.weight.dtype))[:, None]
         written = []
+        turned = self._rotations(backbone, state)
         for index in range(self.config.length):
-            current = self._through_blocks(current, index, caches, backbone, state)
+            current = self._through_blocks(current, index, caches, backbone, state, turned)
             normed = self.norm(current)
             latent = self.output(normed)
             written.append(latent)
             current = {"raw": current, "normed": normed, "embedding": latent}[self.config.feedback]
         return torch.cat(written, 1)
 
+    def _rotations(self, backbone: Backbone, state: DecodeState) -> dict[int, tuple[Tensor, Tensor]]:
+        """Of each layer that is read, cosine and sine `[B, K, d_h]` of the positions that the latents will take."""
+        steps = torch.arange(self.config.length, device=state.next_position.device)
+        positions = state.next_position[:, None] + steps
+        return {layer: backbone.rotary(positions, layer) for layer in dict.fromkeys(self.reads)}
+
     def _through_blocks(
-        self, current: Tensor, index: int, caches: list[ReadOnlyCache], backbone: Backbone, state: DecodeState
+        self,
+        current: Tensor,
+        index: int,
+        caches: list[ReadOnlyCache],
+        backbone: Backbone,
+        state: DecodeState,
+        turned: dict[int, tuple[Tensor, Tensor]],
     ) -> Tensor:
         positions = (state.next_position + index)[:, None]
         current = current * self.scale
@@ -222,7 +235,7 @@ class Consolidator(nn.Module):
                 attention_mask=mask,
                 position_ids=positions,
                 past_key_values=cache,
-                position_embeddings=backbone.rotary(positions, layer),
+                position_embeddings=tuple(part[:, index : index + 1] for part in turned[layer]),
             )
             current = output[0] if isinstance(output, tuple) else output
         return current / self.scale

@@ -7,7 +7,6 @@ SDPA, on batches that are left-padded in the order of the prompts.
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -39,10 +38,8 @@ def ours(backbone: Backbone, prompts: Answers, config: Any, rows: int) -> Answer
     """Answer all prompts with at most `rows` of them under way; a row that ends makes room for a waiting prompt."""
     from flashmem.generation import generate
 
-    if "batch_size" not in inspect.signature(generate).parameters:
-        return ours_in_batches(backbone, prompts, config, rows)
-    more: dict[str, Any] = {"batch_size": rows}
-    return [answer.token_ids for answer in generate(backbone, prompts, generation_config=config, **more)]
+    found = generate(backbone, prompts, generation_config=config, batch_size=rows)
+    return [answer.token_ids for answer in found]
 
 
 def ours_in_batches(backbone: Backbone, prompts: Answers, config: Any, rows: int) -> Answers:

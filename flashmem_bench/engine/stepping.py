@@ -69,7 +69,7 @@ def _steps(setting: Setting, base: DecodeState, on: bool) -> tuple[float, Tensor
 
     backbone = setting.backbone
     backbone.observe(on)
-    state, token = backbone.fork(base), torch.zeros(base.batch_size, dtype=torch.long, device=backbone.device)
+    state, token = base.fork(), torch.zeros(base.batch_size, dtype=torch.long, device=backbone.device)
     for _ in range(UNTIMED):
         backbone.step(state, token)
     times = [timed(backbone, lambda: backbone.step(state, token))[0] for _ in range(STEPS)]
