@@ -26,8 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashmem import monitor as monitoring
 from flashmem import weights
-from flashmem.errors import ConfigError, FlashMemError, PromptTooLongError
 from flashmem.engine import Engine, new_engine
+from flashmem.errors import ConfigError, FlashMemError, PromptTooLongError
 from flashmem.kv_cache import RaggedCache, Slots
 from flashmem.loading import load, require_supported
 from flashmem.masks import pass_mask

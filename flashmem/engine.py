@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +118,7 @@ class _Seats:
 
 
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
+Pass = Callable[[DecodeState, Slots], None]
 
 
 class StaticEngine(Engine):
@@ -134,29 +136,25 @@ class StaticEngine(Engine):
         self._record = record
         self._seats: dict[int, _Seats] = {}
         self._passes: dict[tuple[Any, ...], Callable[[], None]] = {}
-        self._buffers: list[Tensor | None] = []
+        # The buffers that the passes are recorded over, and who holds them.
+        self._buffers: RaggedCache | None = None
         self._user: Callable[[], RaggedCache | None] = lambda: None
 
     def lend(self, cache: RaggedCache) -> None:
-        """See `Engine.lend`. The buffers that are not handed on are forgotten, and the passes over them."""
-        slots = bucket_of(cache.book.reserved)
+        """See `Engine.lend`."""
+        slots, mine = bucket_of(cache.book.reserved), self._buffers
         cache.reserve(slots)
-        buffers = [buffer for layer in cache.layers for buffer in layer.buffers]
-        if self._user() is not None or len(self._buffers) != len(buffers):
+        if mine is None or self._user() is not None:
             return
-        fits = all(d is not None and d.shape[0] == len(cache.lengths) and d.shape[2] >= slots for d in self._buffers)
-        if fits:
-            for buffer, data in zip(buffers, self._buffers, strict=True):
-                buffer.data = data
-            for layer in cache.layers:
-                layer.is_initialized = True
+        if len(mine.lengths) == len(cache.lengths) and mine.capacity >= slots and mine.alike(cache):
+            cache.borrow(mine)
             self._user = weakref.ref(cache)
 
     def step(self, state: DecodeState, tokens: Sequence[int], takes: Sequence[bool]) -> None:
         """See `Engine.step`."""
         seats = self._bind(state, 1, takes)
         seats.tokens.copy_(torch.tensor(tokens), non_blocking=True)
-        self._play(state, seats, 1, ("step",), lambda slots: self._token_pass(state, seats, slots))
+        self._play(state, seats, 1, ("step",), lambda stage, slots: self._token_pass(stage, seats, slots))
         self._count(state, [int(takes_it) for takes_it in takes])
 
     def write(self, memory: MemorySource, context: MemoryContext, whole: DecodeState, rows: Sequence[int]) -> Tensor:
@@ -171,8 +169,8 @@ class StaticEngine(Engine):
             seats.latents[length] = self._zeros(whole.batch_size, length, self.backbone.hidden_size)
         made = seats.latents[length]
 
-        def consolidate(slots: Slots) -> None:
-            made.copy_(memory.consolidator(seats.hidden, self.backbone, whole, whole.keys_values))
+        def consolidate(stage: DecodeState, slots: Slots) -> None:
+            made.copy_(memory.consolidator(seats.hidden, self.backbone, stage, stage.keys_values))
 
         self._play(whole, seats, 0, ("write", id(memory), length), consolidate)
         return made[list(rows)]
@@ -182,8 +180,6 @@ class StaticEngine(Engine):
         length, count = latents.shape[1], state.batch_size
         state.note(rows, part)
         takes = [row in rows for row in range(count)]
-        if state.cache.marks is None:
-            state.cache.marks = SlotBuffer(1)
         seats = self._bind(state, length, takes)
         if length not in seats.latents:
             seats.latents[length] = self._zeros(count, length, self.backbone.hidden_size)
@@ -192,7 +188,8 @@ class StaticEngine(Engine):
             held.copy_(latents)
         else:
             held[list(rows)] = latents.to(held.dtype)
-        self._play(state, seats, length, ("inject", length), lambda slots: self._latent_pass(state, seats, held, slots))
+        name = ("inject", length)
+        self._play(state, seats, length, name, lambda stage, slots: self._latent_pass(stage, seats, held, slots))
         self._count(state, [length * takes_it for takes_it in takes])
 
     def seen(self, state: DecodeState) -> Tensor | None:
@@ -208,40 +205,39 @@ class StaticEngine(Engine):
         seats = self._seats[rows]
         seats.bind(state)
         seats.takes.copy_(torch.tensor(takes), non_blocking=True)
+        if state.cache.marks is None:
+            state.cache.marks = SlotBuffer(1)
         state.cache.make_room(bucket_of(state.length + width))
         self._adopt(state.cache)
         return seats
 
     def _adopt(self, cache: RaggedCache) -> None:
         """Remember whose buffers the passes are recorded over; others than before make the recordings worthless."""
-        buffers = [buffer.data for layer in cache.layers for buffer in layer.buffers]
-        if [_address(b) for b in buffers] != [_address(b) for b in self._buffers]:
+        if self._buffers is None or not self._buffers.shares(cache):
             self._passes.clear()
-            self._buffers = buffers
+            self._buffers = cache.alias()
         self._user = weakref.ref(cache)
 
-    def _play(
-        self, state: DecodeState, seats: _Seats, width: int, name: tuple[Any, ...], run: Callable[[Slots], None]
-    ) -> None:
-        """Replay a pass, or record it first. Whatever it does to rows that do not take it is done to nobody."""
-        bucket = bucket_of(state.length + width)
-        others = [b.data for b in (state.cache.inputs, state.cache.marks) if b is not None]
-        tap = self.backbone.tap
-        key = (*name, len(state.lengths), bucket, *map(_address, others), None if tap is None else tap.rows)
+    def _play(self, state: DecodeState, seats: _Seats, width: int, name: tuple[Any, ...], run: Pass) -> None:
+        """Replay a pass, or record it first."""
+        bucket, tap = bucket_of(state.length + width), self.backbone.tap
+        key = (*name, bucket, None if tap is None else tap.rows)
         if key not in self._passes:
             self._passes[key] = self._new_pass(state, seats, bucket, width, run)
         self._passes[key]()
 
-    def _new_pass(
-        self, state: DecodeState, seats: _Seats, bucket: int, width: int, run: Callable[[Slots], None]
-    ) -> Callable[[], None]:
+    def _new_pass(self, state: DecodeState, seats: _Seats, bucket: int, width: int, run: Pass) -> Callable[[], None]:
+        # Not the state itself: its recordings outlive it.
+        assert self._buffers is not None
+        stage = replace(state, cache=self._buffers, kept={})
         kernel = self._kernel(state, bucket)
 
         def whole_pass() -> None:
-            here = torch.sub(seats.next_position, seats.gone)
-            index = here[:, None] + torch.arange(max(width, 1), device=here.device)
-            with state.cache.static(bucket, here), attention.decoding_with(kernel):
-                run(Slots(None, bucket, index))
+            ends = torch.sub(seats.next_position, seats.gone)
+            index = ends[:, None] + torch.arange(max(width, 1), device=ends.device)
+            slots = Slots(None, bucket, index)
+            with stage.cache.static(slots, ends), attention.decoding_with(kernel):
+                run(stage, slots)
 
         tap, takes = self.backbone.tap, seats.takes.clone()
         clock = tap.clock if tap is not None else None
@@ -265,7 +261,6 @@ class StaticEngine(Engine):
 
     def _run(self, state: DecodeState, seats: _Seats, embeds: Tensor, slots: Slots) -> Tensor:
         """One pass over the backbone at slots that only the device knows; the newest hidden states `[B, d]`."""
-        state.cache.book.slots = slots
         state.cache.keep_inputs(embeds, slots)
         positions = seats.next_position[:, None] + torch.arange(embeds.shape[1], device=embeds.device)
         return self.backbone.run(state.cache, embeds, slots, positions)[:, -1]
@@ -310,10 +305,6 @@ class StaticEngine(Engine):
         return self._zeros(*tensor.shape, dtype=tensor.dtype)
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def as_it_is(run: Callable[[], None]) -> Callable[[], None]:
     """A recorder that records nothing: the static passes, run as they come."""
     return run
@@ -326,8 +317,12 @@ def compiled(run: Callable[[], None]) -> Callable[[], None]:
     return torch.compile(own, dynamic=False)
 
 
-def captured(run: Callable[[], None]) -> Callable[[], None]:
-    """A recorder that captures a CUDA graph, after a few tries on a stream of its own."""
+def captured(run: Callable[[], None], pool: Any) -> Callable[[], None]:
+    """A recorder that captures a CUDA graph, after a few tries on a stream of its own.
+
+    All graphs of an engine take their intermediates from one pool: they run one after the other, and what they leave
+    lies in tensors that are nobody's intermediates.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -335,7 +330,7 @@ def captured(run: Callable[[], None]) -> Callable[[], None]:
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         run()
     return graph.replay
 
@@ -352,4 +347,6 @@ def new_engine(backbone: Backbone, execution: str) -> Engine:
         return Engine(backbone)
     if execution == "graph" and backbone.device.type != "cuda":
         raise ConfigError(f"exec=graph needs a CUDA device, and this is {backbone.device}: use exec=eager or compile.")
-    return StaticEngine(backbone, captured if execution == "graph" else compiled)
+    if execution == "compile":
+        return StaticEngine(backbone, compiled)
+    return StaticEngine(backbone, partial(captured, pool=torch.cuda.graph_pool_handle()))

@@ -226,6 +226,32 @@ class RaggedCache(Cache):
         """The next buffers that are made have room for so many slots."""
         self.book.reserved = max(self.book.reserved, slots)
 
+    def alias(self) -> RaggedCache:
+        """The same buffers under lengths of their own, and no say in who may write."""
+        other = self._like(len(self.lengths), lambda buffer: SlotBuffer(buffer.axis, buffer.data))
+        other.book.lengths[:] = self.lengths
+        return other
+
+    def shares(self, other: RaggedCache) -> bool:
+        """Whether both have the very same buffers."""
+        mine, theirs = list(self._buffers()), list(other._buffers())
+        return len(mine) == len(theirs) and all(_same(a, b, 0) for a, b in zip(mine, theirs, strict=True))
+
+    def alike(self, other: RaggedCache) -> bool:
+        """Whether another cache has layers and kept inputs as this one has."""
+        return (len(self.layers), self.inputs is None) == (len(other.layers), other.inputs is None)
+
+    def borrow(self, other: RaggedCache) -> None:
+        """Begin, empty, in the buffers of another cache."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine.buffers = tuple(SlotBuffer(buffer.axis, buffer.data) for buffer in theirs.buffers)
+            mine.is_initialized = True
+        if other.inputs is not None:
+            self.inputs = SlotBuffer(1, other.inputs.data)
+        if other.marks is not None and other.marks.data is not None:
+            other.marks.data.zero_()
+            self.marks = SlotBuffer(1, other.marks.data)
+
     def make_room(self, slots: int) -> None:
         """Have buffers for so many slots now, which are this cache's own to write behind the rows' ends."""
         if len(self._kin) > 1:
@@ -239,9 +265,9 @@ class RaggedCache(Cache):
                 _make_room(buffer, like, self.book)
 
     @contextmanager
-    def static(self, bucket: int, ends: Tensor) -> Iterator[None]:
-        """Inside, nothing depends on the host's lengths: passes look at a bucket, and rows end where `ends` says."""
-        self.book.bucket, self.book.ends = bucket, ends
+    def static(self, slots: Slots, ends: Tensor) -> Iterator[None]:
+        """Inside, nothing depends on the host's lengths: a pass has these slots, and rows end where `ends` says."""
+        self.book.bucket, self.book.ends, self.book.slots = slots.end, ends, slots
         try:
             yield
         finally:
@@ -288,8 +314,7 @@ class RaggedCache(Cache):
 
     def fork(self) -> RaggedCache:
         """A cache that goes on by itself from what this one holds; nothing is copied."""
-        other = self._like(len(self.lengths), lambda buffer: SlotBuffer(buffer.axis, buffer.data))
-        other.book.lengths[:] = self.lengths
+        other = self.alias()
         self._kin.add(other)
         other._kin = self._kin
         return other

@@ -270,7 +270,7 @@ class FlashMemLM(LM):
             suite = self._stand_in(name, generation)
             session = Session(replace(request, suites=(name,)), self.backbone, {name: suite})  # type: ignore[dict-item]
             prepared = prepare(session, name, self.method, note=_log.warning)
-            self._prepared[key] = prepared, self._spec.build(prepared.context)
+            self._prepared[key] = prepared, self._spec.make(prepared.context)
         return self._prepared[key]
 
     def _stand_in(self, name: str, generation: GenerationArgs) -> Any:

@@ -208,7 +208,7 @@ class _CellLoop:
 
     def run(self, pending: Sequence[list[tuple[int, Sample]]], done: set[str]) -> None:
         """Generate, grade and store every pending batch."""
-        method = answering(self.prepared.spec.build(self.prepared.context), self.prepared.suite)
+        method = answering(self.prepared.spec.make(self.prepared.context), self.prepared.suite)
         clock = clock_for(self.backbone.device.type)
         self._keeper = PrefixKeeper(method, self.session.request)
         self._warm_up(method, pending[0][0][1])

@@ -144,7 +144,10 @@ class Settings(_Group):
     sampling: SamplingSettings = SamplingSettings()
     vote: VoteSettings = VoteSettings()
     eviction: EvictionSettings = EvictionSettings()
-    exec: Annotated[Literal["eager"], Field(description="how the model is executed")] = "eager"
+    exec: Annotated[
+        Literal["eager", "compile", "graph"],
+        Field(description="how decoding is run: kernel by kernel, compiled, or replayed as CUDA graphs"),
+    ] = "eager"
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as nested plain values."""

@@ -115,7 +115,7 @@ class _Pass:
         )
         if prepared.cell != self.cell.cell_id:
             raise BenchError(f"the settings of {self.name} no longer name its cell; run the same command again")
-        method = prepared.spec.build(prepared.context)
+        method = prepared.spec.make(prepared.context)
         if not isinstance(method, LatentMethod):
             raise BenchError(f"{self.result.method} cannot be traced: it does not decode with the library's loop")
         texts = self.cell.texts()

@@ -31,7 +31,7 @@ def test_values_get_their_types():
         ("trigger.interval=none", "a whole number from 1"),
         ("trigger.kind=entropy", "one of attention-entropy, output-entropy"),
         ("monitor.normalise=perhaps", "true or false"),
-        ("exec=graph", "exec must be eager"),
+        ("exec=fast", "exec must be one of eager, compile, graph"),
         ("trigger.cooldown", "key=value"),
     ],
 )

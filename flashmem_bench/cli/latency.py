@@ -62,6 +62,7 @@ def latency(
     methods = o.split_list(method) or ("vanilla", "flashmem")
     backbone = _backbone(model, model_shape, device, dtype)
     trained, settings = _trained(checkpoint, backbone), _settings(set_ or [])
+    backbone.execution = settings.pop("exec", "eager")
     campaign = Campaign(methods, Protocol(protocol), stop, trained, settings, _ceilings(backbone))  # type: ignore[arg-type]
     found = []
     for block in measure(backbone, campaign, lengths, o.count(seed, "--seed", 0) or 0):
@@ -104,8 +105,10 @@ def _settings(assignments: list[str]) -> dict[str, Any]:
     found = {}
     for text in assignments:
         key, equals, value = text.partition("=")
-        if not equals or key.partition(".")[0] not in ("memory", "trigger", "eviction"):
-            raise UsageError(f"--set takes memory.*, trigger.* or eviction.*, such as memory.length=4, not {text!r}")
+        if not equals or key.partition(".")[0] not in ("memory", "trigger", "eviction", "exec"):
+            raise UsageError(
+                f"--set takes memory.*, trigger.*, eviction.* or exec, such as memory.length=4, not {text!r}"
+            )
         found[key] = yaml.safe_load(value)
     return found
 

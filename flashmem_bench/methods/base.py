@@ -139,6 +139,17 @@ class MethodSpec:
     match: Callable[[str, Settings, Mapping[str, ReferenceSample]], dict[str, Any]] | None = None
     judges: bool = True
 
+    def make(self, context: BuildContext) -> Method:
+        """Build the method, with its backbone run as the settings say.
+
+        Raises:
+            ConfigError: An execution mode that the device does not have.
+        """
+        # A new engine forgets what the old one has recorded.
+        if context.backbone.execution != context.settings.exec:
+            context.backbone.execution = context.settings.exec
+        return self.build(context)
+
     def relevant(self, settings: Settings) -> dict[str, Any]:
         """Return the dotted settings that can change this method's answers."""
         flat = settings.flat()
