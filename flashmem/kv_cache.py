@@ -350,6 +350,8 @@ class RaggedCache(Cache):
 
     def pick(self, kept: Sequence[Tensor]) -> None:
         """Keep some slots of each layer and KV head, `[B, G, S]` in ascending order, S the same everywhere."""
+        gone = max(self.lengths) - kept[0].shape[-1]
+        self.book.reserved = max(0, self.book.reserved - gone)
         for layer, slots in zip(self.layers, kept, strict=True):
             for buffer in layer.buffers:
                 index = slots.to(buffer.data.device)[..., None].expand(-1, -1, -1, buffer.data.shape[-1])

@@ -294,7 +294,7 @@ def test_a_history_that_outgrew_its_latents_can_still_be_forked() -> None:
 def test_evicted_rows_leave_and_are_replaced_as_they_would_alone(batch_size: int, backbone) -> None:
     """A row whose positions are ahead of its slots is emptied and filled again."""
     config = GenerationConfig(max_new_tokens=25, do_sample=False, eos_token_id=list(range(4, 14)))
-    prompts, eviction = [prompts_of(48, seed=s)[0] for s in range(6)], EvictionConfig("snapkv", 20, window=4)
+    prompts, eviction = [prompts_of(248, seed=s)[0] for s in range(6)], EvictionConfig("snapkv", 20, window=4)
 
     def prefill(some):
         return prefill_and_evict(backbone, some, eviction)
@@ -310,7 +310,18 @@ def test_evicted_rows_leave_and_are_replaced_as_they_would_alone(batch_size: int
             other.positions_encoded,
             other.positions_evicted,
         )
-        assert other.positions_evicted == 28
+        assert other.positions_evicted == 228
+
+
+def test_what_was_evicted_takes_no_room(backbone) -> None:
+    (prompt,) = prompts_of(300)
+    state = prefill_and_evict(backbone, [prompt], EvictionConfig("tova", 20))
+    assert state.cache.capacity < 100 and state.lengths == [20] and state.evicted == [280]
+    held = [buffer.data.data_ptr() for buffer in state.cache.layers[0].buffers]
+    for token in (5, 6, 7):
+        backbone.step(state, torch.tensor([token]))
+    assert [buffer.data.data_ptr() for buffer in state.cache.layers[0].buffers] == held
+    assert (state.lengths, state.next_position.tolist()) == ([23], [303])
 
 
 def test_a_state_of_uneven_rows_is_the_same_after_it_was_taken_apart(family: str) -> None:
