@@ -290,6 +290,9 @@ class RaggedCache(Cache):
             here = starts()
             index = here[:, None] + torch.arange(width, device=here.device)
             self.book.slots = Slots(None, longest + width, index)
+        if self.marks is not None and self.marks.data is not None:
+            # A pass without latents writes none, but marks reach as far as keys do.
+            _make_room(self.marks, self.marks.data, self.book)
         return self.book.slots
 
     def commit(self, counts: Sequence[int]) -> None:
@@ -315,6 +318,8 @@ class RaggedCache(Cache):
     def fork(self) -> RaggedCache:
         """A cache that goes on by itself from what this one holds; nothing is copied."""
         other = self.alias()
+        # Marks, a byte a slot, become its own here: a pass without latents does not write over what another marked.
+        other.crop(self.lengths)
         self._kin.add(other)
         other._kin = self._kin
         return other
@@ -331,7 +336,8 @@ class RaggedCache(Cache):
     def rows(self, rows: Sequence[int]) -> RaggedCache:
         """A cache of some rows. Neighbours are views, written in place with room for all; others are copies.
 
-        What was written comes back with `put`.
+        What was written comes back with `put`. Until then this cache and its forks stand still, and the rows may forget
+        what they added but nothing of what they began with.
         """
         first, count, end = rows[0], len(rows), max(self.lengths[row] for row in rows)
         together = list(rows) == list(range(first, first + count))
@@ -344,7 +350,7 @@ class RaggedCache(Cache):
             index = torch.tensor(rows, device=buffer.data.device)
             return SlotBuffer(buffer.axis, buffer.view(end).index_select(0, index))
 
-        if len(self._kin) > 1:
+        if together and len(self._kin) > 1:
             self._claim()
         other = self._like(count, take)
         other.book.lengths[:] = [self.lengths[row] for row in rows]
@@ -354,6 +360,7 @@ class RaggedCache(Cache):
     def put(self, rows: Sequence[int], other: RaggedCache, since: Sequence[int] | None = None) -> None:
         """Take over rows of another cache, from the slots `since` on (the beginning)."""
         self._match(other)
+        self.reserve(other.book.reserved)
         if len(self._kin) > 1:
             self._claim([0 if since is None else since[rows.index(n)] if n in rows else 10**9 for n in self._each()])
         self.book.slots = Slots(0, max(other.lengths))
@@ -362,10 +369,13 @@ class RaggedCache(Cache):
             for nth, row in enumerate(rows):
                 self.marks.data[row, 0 if since is None else since[nth] :] = False
         for mine, theirs in zip(self._buffers(), other._buffers(), strict=True):
-            if theirs.data is None or _same(mine, theirs, rows[0]):
+            like = mine.data if theirs.data is None else theirs.data
+            if like is None or _same(mine, theirs, rows[0]):
                 continue
-            _make_room(mine, theirs.data[:1].expand(len(self.lengths), *theirs.data.shape[1:]), self.book)
-            assert mine.data is not None
+            # Also where nothing is copied: all buffers reach as far as the longest row.
+            _make_room(mine, like[:1].expand(len(self.lengths), *like.shape[1:]), self.book)
+            if mine.data is None or theirs.data is None:
+                continue
             for nth, row in enumerate(rows):
                 begin = 0 if since is None else since[nth]
                 place = mine.axis - 1, begin, other.lengths[nth] - begin
@@ -376,10 +386,11 @@ class RaggedCache(Cache):
     def crop(self, lengths: Sequence[int]) -> None:
         """Forget the newest slots: each row is as long as said."""
         if self.marks is not None and self.marks.data is not None:
-            # Latents are False behind the end, and a fork may still hold what is cut off here.
-            ends = torch.tensor(lengths, device=self.marks.data.device)
-            places = torch.arange(self.marks.capacity, device=ends.device)
-            self.marks.data = self.marks.data & (places < ends[:, None])
+            # Latents are False behind the end. Not in place: rows that were taken out may be cropped for themselves.
+            with torch.inference_mode(False):
+                ends = torch.tensor(lengths, device=self.marks.data.device)
+                places = torch.arange(self.marks.capacity, device=ends.device)
+                self.marks.data = self.marks.data & (places < ends[:, None])
         self.book.lengths[:] = lengths
 
     def repeat(self, times: int) -> None:
@@ -396,6 +407,8 @@ class RaggedCache(Cache):
 
     def pick(self, kept: Sequence[Tensor]) -> None:
         """Keep some slots of each layer and KV head, `[B, G, S]` in ascending order, S the same everywhere."""
+        gone = max(self.lengths) - kept[0].shape[-1]
+        self.book.reserved = max(0, self.book.reserved - gone)
         for layer, slots in zip(self.layers, kept, strict=True):
             for buffer in layer.buffers:
                 index = slots.to(buffer.data.device)[..., None].expand(-1, -1, -1, buffer.data.shape[-1])
@@ -431,10 +444,12 @@ class RaggedCache(Cache):
             yield self.marks
 
     def _match(self, other: RaggedCache) -> None:
-        """Both have the same kinds of buffers afterwards."""
+        """Both have the same kinds of buffers afterwards, and marks where either has any."""
         for mine, theirs in ((self, other), (other, self)):
-            if mine.marks is None and theirs.marks is not None:
+            if mine.marks is None and theirs.marks is not None and theirs.marks.data is not None:
                 mine.marks = SlotBuffer(1)
+                none = theirs.marks.data[:1, :1].expand(len(mine.lengths), -1)
+                mine.marks.resized(none, max(1, mine.capacity), 0)
 
     def _like(self, rows: int, take: Callable[[SlotBuffer], SlotBuffer]) -> RaggedCache:
         """A cache whose buffers `take` makes of this one's."""

@@ -36,6 +36,8 @@ _TAP = "flashmem_tap"
 _WATCHER = "flashmem_watcher"
 # A masked score. Infinity would turn into "not a number" where it meets a weight of zero.
 _LEAST = torch.finfo(torch.float32).min
+# Of a row's weight, what must be left of it for an entropy.
+_LEAST_MASS = 1e-30
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,10 @@ def row_entropy(
     if latents is not None:
         p = p.masked_fill(latents[:, None, None, None, sinks : weights.shape[-1]].to(p.device), 0.0)
     mass = p.sum(-1)
-    some = mass.clamp_min(1e-30)
-    entropy = torch.where(mass > 0, some.log() + shift - (p * x).sum(-1) / some, 0.0).clamp_min(0.0).mean(dim=(1, 2))
+    # Below it a share of the rest has too few digits left, or none.
+    some = mass.clamp_min(_LEAST_MASS)
+    entropy = torch.where(mass > _LEAST_MASS, some.log() + shift - (p * x).sum(-1) / some, 0.0)
+    entropy = entropy.clamp_min(0.0).mean(dim=(1, 2))
     if normalise:
         entropy = entropy / (p > 0).any(dim=2).any(dim=1).sum(-1).clamp_min(2).log()
     return entropy

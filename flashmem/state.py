@@ -141,6 +141,8 @@ class DecodeState:
             once = name != "evicted"
             counts = [n if nth == 0 or not once else 0 for n in getattr(self, name) for nth in range(times)]
             setattr(self, name, counts)
+        for own in self.kept.values():
+            own.repeat(times)
 
     def crop(self, lengths: Sequence[int]) -> None:
         """Forget the newest slots of every row: they are as long as said."""
@@ -151,6 +153,8 @@ class DecodeState:
     def release(self, row: int) -> None:
         """Empty a row, so that nobody waits for what it held; it can be filled again with `put`."""
         self.crop([0 if nth == row else n for nth, n in enumerate(self.lengths)])
+        # Where something was evicted, the position is ahead of the slot.
+        self.next_position[row] = 0
         for name in _COUNTS:
             getattr(self, name)[row] = 0
         for own in self.kept.values():
@@ -189,6 +193,10 @@ class DecodeState:
             if name not in self.kept:
                 self.kept[name] = own.blank(self.batch_size)
             self.kept[name].put(rows, own)
+        for name in self.kept.keys() - other.kept.keys():
+            # It was kept for the sequences that were here before.
+            for row in rows:
+                self.kept[name].release(row)
 
     def adopt(self, other: DecodeState) -> None:
         """Become another state of the same rows, what memory sources keep aside."""
