@@ -177,14 +177,23 @@ class DecodeLoop:
 
     def _open(self, rows: Sequence[Row]) -> DecodeState:
         """Encode prompts. A source that drops the cache at the prompt end anyway gets them as they are."""
-        prompts = [row.prompt for row in rows]
-        drops = self.memory is not None and self.memory.drops_cache
-        certain = self.kind in PROMPT_END_KINDS and all(row.trigger.max_injections != 0 for row in rows)
-        if drops and certain and self._asked() is None:
-            for row in rows:
-                row.predicted = False
-            return self.backbone.gather(prompts)
-        return self._prefill(prompts)
+        for row in rows:
+            row.predicted = not self._drops_at_once(row)
+        parts = []
+        for encode, predicted in ((self._prefill, True), (self.backbone.gather, False)):
+            if places := [nth for nth, row in enumerate(rows) if row.predicted is predicted]:
+                parts.append((places, encode([rows[nth].prompt for nth in places])))
+        if len(parts) == 1:
+            return parts[0][1]
+        whole = parts[0][1].blank(len(rows))
+        for places, part in parts:
+            whole.put(places, part)
+        return whole
+
+    def _drops_at_once(self, row: Row) -> bool:
+        """Whether what a prefill computes of a row is certain to be dropped before anyone looks at it."""
+        drops = self.memory is not None and self.memory.drops_cache and self._asked() is None
+        return drops and self.kind in PROMPT_END_KINDS and row.trigger.max_injections != 0
 
     def _encode(self, prompts: list[list[int]]) -> DecodeState:
         keep = self.memory is not None and self.memory.needs_history
