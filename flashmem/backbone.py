@@ -28,10 +28,11 @@ from flashmem import monitor as monitoring
 from flashmem import weights
 from flashmem.engine import Engine, new_engine
 from flashmem.errors import ConfigError, FlashMemError, PromptTooLongError
-from flashmem.kv_cache import RaggedCache, Slots
+from flashmem.kv_cache import RaggedCache
 from flashmem.loading import load, require_supported
 from flashmem.masks import pass_mask
 from flashmem.monitor import MonitorConfig
+from flashmem.slots import Slots
 from flashmem.state import FORMAT, DecodeState, behind, new_state
 
 # These models take one mask per layer type; the others take one tensor.

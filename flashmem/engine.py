@@ -25,8 +25,9 @@ from torch import Tensor
 
 from flashmem import attention
 from flashmem.errors import ConfigError
-from flashmem.kv_cache import RaggedCache, SlotBuffer, Slots
+from flashmem.kv_cache import RaggedCache
 from flashmem.sampling import look
+from flashmem.slots import SlotBuffer, Slots
 from flashmem.state import DecodeState
 
 if TYPE_CHECKING:

@@ -27,81 +27,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-# Capacities are multiples of it, so that a few tokens more do not ask for a new buffer.
-_GRANULE = 64
-_GROWTH = 1.5
-
-
-@dataclass(frozen=True)
-class Slots:
-    """Where one pass writes, and how far it looks.
-
-    Attributes:
-        start: the slot at which all rows begin; None where they differ.
-        end: slots [0, end) hold everything that a query of the pass may see.
-        index: `[B, Q]` slot of each new position; None where `start` says it all.
-    """
-
-    start: int | None
-    end: int
-    index: Tensor | None = None
-
-
-class SlotBuffer:
-    """A tensor with a slot axis of fixed capacity; it is made by the first write.
-
-    Attributes:
-        axis: which axis counts slots; axis 0 counts rows.
-        data: `[B, ..., C, ...]`, zeros where nothing was written, or None.
-    """
-
-    def __init__(self, axis: int, data: Tensor | None = None) -> None:
-        self.axis, self.data = axis, data
-
-    @property
-    def capacity(self) -> int:
-        """Slots C."""
-        return 0 if self.data is None else self.data.shape[self.axis]
-
-    def view(self, end: int) -> Tensor:
-        """The first slots; do not write."""
-        assert self.data is not None
-        return self.data.narrow(self.axis, 0, end)
-
-    def write(self, new: Tensor, slots: Slots) -> Tensor:
-        """Put new positions at their slots in place; returns the slots that the pass looks at."""
-        assert self.data is not None
-        if slots.start is not None:
-            self.data.narrow(self.axis, slots.start, new.shape[self.axis]).copy_(new)
-        else:
-            self.data.scatter_(self.axis, self._index(slots, new), new)
-        return self.view(slots.end)
-
-    def joined(self, new: Tensor, slots: Slots) -> Tensor:
-        """What `write` returns, as a tensor of its own through which gradients flow; the buffer stays as it is."""
-        if slots.start is not None:
-            return new if not slots.start else torch.cat([self.view(slots.start), new], self.axis)
-        old = self.view(min(slots.end, self.capacity))
-        missing = list(old.shape)
-        missing[self.axis] = slots.end - old.shape[self.axis]
-        return torch.cat([old, old.new_zeros(missing)], self.axis).scatter(self.axis, self._index(slots, new), new)
-
-    def resized(self, like: Tensor, capacity: int, held: int) -> None:
-        """Move what is held to a buffer of another capacity, with the other axes and the type of `like`."""
-        shape = list(like.shape)
-        shape[self.axis] = capacity
-        # Never an inference tensor: who reads a state later may write to it outside of inference mode.
-        with torch.inference_mode(False):
-            fresh = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        if self.data is not None and held:
-            fresh.narrow(self.axis, 0, held).copy_(self.view(held))
-        self.data = fresh
-
-    def _index(self, slots: Slots, new: Tensor) -> Tensor:
-        assert slots.index is not None
-        shape = [1] * new.dim()
-        shape[0], shape[self.axis] = new.shape[0], new.shape[self.axis]
-        return slots.index.to(new.device).view(shape).expand_as(new)
+from flashmem.slots import GRANULE, SlotBuffer, Slots
 
 
 @dataclass
@@ -120,6 +46,12 @@ class _Book:
     def longest(self) -> int:
         """Slots that hold everything."""
         return max(self.lengths) if self.bucket is None else self.bucket
+
+    def fit(self, buffer: SlotBuffer, like: Tensor) -> None:
+        """Grow a buffer that the pass does not fit into; the other axes are those of `like`."""
+        assert self.slots is not None
+        if self.slots.end > buffer.capacity:
+            buffer.grow(like, max(self.slots.end, self.reserved), max(self.lengths))
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -159,7 +91,7 @@ class RaggedLayer(CacheLayerMixin):
             if book.keeps:
                 buffer.data = whole
             return whole
-        _make_room(buffer, new, book)
+        book.fit(buffer, new)
         return buffer.write(new, book.slots)
 
     def get_seq_length(self) -> int:
@@ -179,15 +111,6 @@ class RaggedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, *_: Any) -> None:
         """Nothing to do: the first write makes the buffers."""
-
-
-def _make_room(buffer: SlotBuffer, new: Tensor, book: _Book) -> None:
-    """Grow a buffer that the pass does not fit into."""
-    assert book.slots is not None
-    if book.slots.end <= buffer.capacity:
-        return
-    wanted = max(book.slots.end, book.reserved, int(buffer.capacity * _GROWTH))
-    buffer.resized(new, -(-wanted // _GRANULE) * _GRANULE, min(buffer.capacity, max(book.lengths)))
 
 
 class RaggedCache(Cache):
@@ -259,10 +182,10 @@ class RaggedCache(Cache):
         self.book.slots = Slots(0, slots)
         for buffer in self._buffers():
             if buffer.data is not None:
-                _make_room(buffer, buffer.data, self.book)
+                self.book.fit(buffer, buffer.data)
             elif buffer is self.marks:
                 like = torch.zeros(1, 1, dtype=torch.bool, device=self._device()).expand(len(self.lengths), 1)
-                _make_room(buffer, like, self.book)
+                self.book.fit(buffer, like)
 
     @contextmanager
     def static(self, slots: Slots, ends: Tensor) -> Iterator[None]:
@@ -292,7 +215,7 @@ class RaggedCache(Cache):
             self.book.slots = Slots(None, longest + width, index)
         if self.marks is not None and self.marks.data is not None:
             # A pass without latents writes none, but marks reach as far as keys do.
-            _make_room(self.marks, self.marks.data, self.book)
+            self.book.fit(self.marks, self.marks.data)
         return self.book.slots
 
     def commit(self, counts: Sequence[int]) -> None:
@@ -303,7 +226,7 @@ class RaggedCache(Cache):
     def keep_inputs(self, embeds: Tensor, slots: Slots) -> None:
         """Write input embeddings `[B, Q, d]` where they are kept."""
         if self.inputs is not None and self.book.keeps:
-            _make_room(self.inputs, embeds, self.book)
+            self.book.fit(self.inputs, embeds)
             self.inputs.write(embeds.detach(), slots)
 
     def mark(self, latents: Tensor, slots: Slots) -> None:
@@ -312,7 +235,7 @@ class RaggedCache(Cache):
             return
         if self.marks is None:
             self.marks = SlotBuffer(1)
-        _make_room(self.marks, latents, self.book)
+        self.book.fit(self.marks, latents)
         self.marks.write(latents, slots)
 
     def fork(self) -> RaggedCache:
@@ -373,7 +296,7 @@ class RaggedCache(Cache):
             if like is None or _same(mine, theirs, rows[0]):
                 continue
             # Also where nothing is copied: all buffers reach as far as the longest row.
-            _make_room(mine, like[:1].expand(len(self.lengths), *like.shape[1:]), self.book)
+            self.book.fit(mine, like[:1].expand(len(self.lengths), *like.shape[1:]))
             if mine.data is None or theirs.data is None:
                 continue
             for nth, row in enumerate(rows):
@@ -399,7 +322,7 @@ class RaggedCache(Cache):
             if buffer.data is not None:
                 held = buffer.view(max(self.lengths)).repeat_interleave(times, 0)
                 buffer.data = None
-                buffer.resized(held, max(self.book.reserved, held.shape[buffer.axis] + _GRANULE), 0)
+                buffer.resized(held, max(self.book.reserved, held.shape[buffer.axis] + GRANULE), 0)
                 assert buffer.data is not None
                 buffer.view(held.shape[buffer.axis]).copy_(held)
         self.book.lengths = [n for n in self.lengths for _ in range(times)]
@@ -414,7 +337,7 @@ class RaggedCache(Cache):
                 index = slots.to(buffer.data.device)[..., None].expand(-1, -1, -1, buffer.data.shape[-1])
                 chosen = buffer.data.gather(2, index)
                 buffer.data = None
-                buffer.resized(chosen, max(self.book.reserved, chosen.shape[2] + _GRANULE), 0)
+                buffer.resized(chosen, max(self.book.reserved, chosen.shape[2] + GRANULE), 0)
                 buffer.view(chosen.shape[2]).copy_(chosen)
         if self.inputs is not None:
             self.inputs = None

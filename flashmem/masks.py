@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashmem.attention import FEW, plain
-from flashmem.kv_cache import Slots
+from flashmem.slots import Slots
 
 
 def pass_mask(slots: Slots, width: int, window: int | None, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from flashmem.errors import ConfigError
-from flashmem.kv_cache import RaggedCache, Slots
+from flashmem.kv_cache import RaggedCache
+from flashmem.slots import Slots
 
 _ROWS = ("next_position", "logits", "hidden", "entropy")
 _COUNTS = ("encoded", "evicted", "woven", "reused")

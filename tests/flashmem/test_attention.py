@@ -12,8 +12,8 @@ from scipy.stats import entropy as scipy_entropy
 from flashmem import attention, masks
 from flashmem import backbone as backbone_module
 from flashmem.backbone import Backbone
-from flashmem.kv_cache import Slots
 from flashmem.monitor import attention_rows, monitored_attention, row_entropy
+from flashmem.slots import Slots
 from flashmem.state import DecodeState
 from tests.flashmem.conftest import make_backbone, prompts_of, reference_model
 

@@ -338,9 +338,9 @@ def test_an_iterator_that_is_closed_half_way_leaves_the_backbone_alone(backbone)
     whole = run(backbone, memory, config, 2)
     answers = generate_each(backbone, PROMPTS, batch_size=2, **more)
     next(answers)
-    assert backbone._tap is not None
+    assert backbone.tap is not None
     answers.close()
-    assert backbone._tap is None
+    assert backbone.tap is None
     assert not any(hasattr(layer.self_attn, "flashmem_tap") for layer in backbone.decoder.layers)
     with pytest.raises(StopIteration):
         next(answers)
@@ -362,7 +362,7 @@ def test_a_pass_that_fails_leaves_the_backbone_alone(backbone, monkeypatch) -> N
     monkeypatch.setattr(Backbone, "step", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         run(backbone, memory, config, 3)
-    assert backbone._tap is None
+    assert backbone.tap is None
     for one, other in zip(run(backbone, memory, config, 3), whole, strict=True):
         same(one, other)
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig
 
-from flashmem import TriggerConfig, generate, kv_cache
-from flashmem.kv_cache import RaggedCache, Slots
+from flashmem import TriggerConfig, generate, slots
+from flashmem.kv_cache import RaggedCache
+from flashmem.slots import Slots
 from tests.flashmem.conftest import make_backbone, prompts_of, reference_model
 
 LAYERS, HEADS = 2, 2
@@ -213,7 +214,7 @@ class Program:
 @pytest.mark.parametrize("granule", [1, 4, 64])
 @pytest.mark.parametrize("block", range(4))
 def test_random_programs_hold_what_lists_hold(granule: int, block: int, monkeypatch) -> None:
-    monkeypatch.setattr(kv_cache, "_GRANULE", granule)
+    monkeypatch.setattr(slots, "GRANULE", granule)
     for seed in range(25):
         program = Program(10_000 * block + 100 * granule + seed)
         try:
@@ -379,7 +380,7 @@ def test_a_whole_decode_stays_in_the_buffers_of_its_prefill(lengths: tuple[int, 
 
 def test_a_longer_prompt_that_comes_later_makes_room_at_once(monkeypatch) -> None:
     """Not step by step: what it reserves holds for the batch that it joins."""
-    from flashmem.kv_cache import SlotBuffer
+    from flashmem.slots import SlotBuffer
 
     backbone, made, plain = make_backbone(), [], SlotBuffer.resized
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from flashmem import MemoryConfig, TriggerConfig, generate, kv_cache, new_memory
+from flashmem import MemoryConfig, TriggerConfig, generate, new_memory, slots
 from flashmem.errors import ConfigError
 from flashmem.eviction import EvictionConfig, prefill_and_evict
 from flashmem.kv_cache import RaggedCache
@@ -241,7 +241,7 @@ class Program:
 @pytest.mark.parametrize("granule", [1, 64])
 @pytest.mark.parametrize("block", range(4))
 def test_random_programs_hold_what_lists_hold(granule: int, block: int, monkeypatch) -> None:
-    monkeypatch.setattr(kv_cache, "_GRANULE", granule)
+    monkeypatch.setattr(slots, "GRANULE", granule)
     for seed in range(25):
         number = 10_000 * block + 100 * granule + seed
         try:
