@@ -15,15 +15,28 @@ from tests.flashmem.conftest import prompts_of
 LENGTHS = (9, 31, 4, 17, 23, 6, 12)
 
 
-@pytest.fixture
-def memory(backbone):
+def make_memory(backbone, kind="consolidator"):
     torch.manual_seed(1)
-    return new_memory(MemoryConfig(length=3), backbone).eval()
+    memory = new_memory(MemoryConfig(source=kind.removesuffix("-cached"), length=3), backbone).eval()
+    if kind.startswith("weaver"):
+        memory.cached = kind.endswith("-cached")
+        memory.drops_cache = not memory.cached
+    return memory
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
-@pytest.mark.parametrize("sampled", [False, True])
-def test_each_answer_is_the_one_that_it_is_alone(backbone, memory, batch_size, sampled):
+@pytest.mark.parametrize(
+    ("kind", "sampled"),
+    [
+        ("consolidator", False),
+        ("consolidator", True),
+        ("separate-encoder", False),
+        ("weaver", False),
+        ("weaver-cached", False),
+    ],
+)
+def test_each_answer_is_the_one_that_it_is_alone(backbone, kind, sampled, batch_size):
+    memory = make_memory(backbone, kind)
     config = GenerationConfig(max_new_tokens=12, do_sample=sampled, eos_token_id=list(range(12)))
     triggers = [TriggerConfig(kind="schedule", positions=(n % 4, 7), cooldown=2) for n in range(len(LENGTHS))]
     asked = [
@@ -45,6 +58,7 @@ def test_each_answer_is_the_one_that_it_is_alone(backbone, memory, batch_size, s
         assert found[number].token_ids == alone.token_ids
         assert [t.text_index for t in found[number].triggers] == [t.text_index for t in alone.triggers]
         assert found[number].positions_encoded == alone.positions_encoded
+        assert found[number].positions_woven == alone.positions_woven
         assert found[number].entropies == pytest.approx(alone.entropies, abs=1e-4)
 
 
@@ -83,7 +97,7 @@ def test_nothing_asked_is_nothing_answered(backbone):
     assert list(generate_stream(backbone, [], generation_config=config, batch_size=3)) == []
 
 
-def test_what_a_stream_refuses(backbone, memory):
+def test_what_a_stream_refuses(backbone):
     def run(asked, **more):
         given = {"generation_config": GenerationConfig(max_new_tokens=4), "batch_size": 2, **more}
         return list(generate_stream(backbone, asked, **given))
@@ -94,6 +108,6 @@ def test_what_a_stream_refuses(backbone, memory):
     with pytest.raises(ConfigError, match="A trigger without a memory source"):
         run([Request(short, TriggerConfig(kind="always"))])
     with pytest.raises(ConfigError, match="must be alike"):
-        run([Request(short), Request(short, TriggerConfig(kind="always"))], memory=memory)
+        run([Request(short), Request(short, TriggerConfig(kind="always"))], memory=make_memory(backbone))
     with pytest.raises(PromptTooLongError, match="positions"):
         run([Request(short), Request(short * backbone.max_positions)])
