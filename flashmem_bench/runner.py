@@ -264,6 +264,7 @@ class _CellLoop:
             seed=lambda sample: sample_seed(self.prepared.context.seed, sample.sample_id),
             stopped=lambda: self.stop.asked,
             peak=self._peak,
+            note=self.progress.note,
         )
         with closing(stream.answers(samples)) as answers:
             for answer in answers:

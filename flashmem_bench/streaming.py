@@ -70,6 +70,7 @@ class SampleStream:
         seed: Of a sample.
         stopped: Whether nobody shall enter any more.
         peak: Reads the device's memory.
+        note: Told when a batch has failed.
     """
 
     def __init__(
@@ -83,9 +84,11 @@ class SampleStream:
         seed: Callable[[Sample], int],
         stopped: Callable[[], bool],
         peak: PeakMemory,
+        note: Callable[[str], None] = lambda text: None,
     ):
         self.method, self.clock, self.batch_size = method, clock, batch_size
         self._prompt, self._fits, self._seed, self._stopped, self._peak = prompt, fits, seed, stopped, peak
+        self._note = note
         self._waiting: deque[tuple[int, Sample]] = deque()
         self._under_way: dict[int, Answer] = {}
         self._refused: list[Answer] = []
@@ -175,6 +178,8 @@ class SampleStream:
     def _one_by_one(self, problem: str) -> Iterator[Answer]:
         """Ask those that were under way again; one that was alone already has failed by itself."""
         left = list(self._under_way.values())
+        if len(left) > 1:
+            self._note(f"a batch failed ({problem}); its {len(left)} samples are asked one by one")
         for answer in left:
             answer.error = problem if len(left) == 1 else None
             if len(left) > 1:

@@ -124,11 +124,12 @@ class LatentMethod:
         from flashmem.memory import SampleContext
         from flashmem.trigger import TriggerConfig
 
-        never = TriggerConfig(kind="never")
-        trigger = self._trigger_for(entry.sample) if self.memory is not None else never
-        if trigger.kind == "never" != self._context.settings.trigger.kind:
-            # No moment was drawn for this sample, and the others of its stream have schedules.
-            trigger = replace(trigger, kind="schedule", positions=())
+        trigger = TriggerConfig(kind="never")
+        if self.memory is not None:
+            trigger = self._trigger_for(entry.sample)
+            if trigger.kind == "never" != self._context.settings.trigger.kind:
+                # No moment was drawn for this sample, and the others of its stream have schedules.
+                trigger = replace(trigger, kind="schedule", positions=())
         who = SampleContext(entry.sample.sample_id, entry.sample.answer)
         return Request(entry.prompt, trigger, who, entry.seed)
 
