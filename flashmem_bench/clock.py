@@ -11,7 +11,7 @@ tokens with the final EOS. `itl_ms` are the n - 1 gaps between tokens. `step_ms`
 `sample_ms`, `monitor_ms`, `consolidate_ms`, `inject_ms` are the summed phases of these names. Phases may be nested (the
 monitor lies inside prefill, step and inject); each accumulates its own total, so totals of nested phases overlap.
 
-In a batch all rows share one clock. `result` gives the times of the call, n being its longest answer; `timing_of` those
+In a batch all rows share one clock. `result` gives the times of the call, for an answer of n tokens; `timing_of` those
 of one sample: t0 is when it took its seat, prefill_ms the one prefill that it was in, the other phases are what passed
 while it was under way, for the sake of any row. These are latencies under that load, not those of a sample alone.
 

@@ -320,15 +320,15 @@ class _CellLoop:
         except Exception as problem:  # A sample that fails becomes a row; the run goes on.
             _log.debug("sample %s failed", samples[0].sample_id, exc_info=True)
             generations, error = [None] * len(group), sentence(problem)
-        longest = max((g.output_tokens for g in generations if g is not None), default=0)
-        timing, peak = clock.result(longest) if error is None else None, self._peak.read()
+        timings = [clock.result(g.output_tokens) if g is not None else None for g in generations]
+        peak = self._peak.read()
         rows = [
             self._row(index, sample, prompt, generation, timing, error, peak)
-            for (index, sample), prompt, generation in zip(group, prompts, generations, strict=True)
+            for (index, sample), prompt, generation, timing in zip(group, prompts, generations, timings, strict=True)
         ]
         texts = [text_record(s, g, self.backbone) for s, g in zip(samples, generations, strict=True)]
         spent = (time.perf_counter() - started) * 1e3
-        outside = spent - (timing.e2e_ms or 0.0 if timing else 0.0)
+        outside = spent - (timings[0].e2e_ms or 0.0 if timings[0] else 0.0)
         for row, text, sample in zip(rows, texts, samples, strict=True):
             if sample.sample_id in done or row["index"] not in self._recorded:
                 continue

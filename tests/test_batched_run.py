@@ -174,6 +174,7 @@ def test_who_cannot_stream_keeps_batches_of_neighbours(bench, tmp_path):
     for spec in get_methods(["vanilla", "memgen", "cot-sc", "snapkv", "tova"]):
         method = spec.build(prepare(session, "hops", spec.name).context)
         can[spec.name] = streams(method, request)
+        assert spec.together == can[spec.name]
         assert not streams(method, dataclasses.replace(request, batch_size=1))
     assert can == {"vanilla": True, "memgen": True, "cot-sc": False, "snapkv": False, "tova": False}
     results = bench.run(request.results_dir, "hops", "cot-sc,snapkv", limit=3, batch_size=2)

@@ -149,6 +149,7 @@ class MethodSpec:
         match: Dotted settings that match it to that cell over all samples, from `--match`, the settings and what the
             cell did; empty where it is matched within each sample.
         judges: It can judge given answers; its `Method` then has `score` as `latent.LatentMethod` has it.
+        together: It answers several samples at once where `--batch-size` asks for it; else one after the other.
     """
 
     name: str
@@ -162,6 +163,7 @@ class MethodSpec:
     reference: str | None = None
     match: Callable[[str, Settings, Mapping[str, ReferenceSample]], dict[str, Any]] | None = None
     judges: bool = True
+    together: bool = True
 
     def make(self, context: BuildContext) -> Method:
         """Build the method, with its backbone run as the settings say.

@@ -64,4 +64,5 @@ def eviction_spec(policy: str, summary: str) -> MethodSpec:
         summary=summary,
         build=lambda context: EvictingMethod(context, policy),
         uses=("eviction", "sampling.temperature", "exec"),
+        together=False,
     )
