@@ -10,10 +10,10 @@ have left, the others go on in a smaller batch.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +21,10 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from flashmem.backbone import Backbone
-from flashmem.generation import Clock, Generation, Trigger
+from flashmem.errors import ConfigError
+from flashmem.generation import Clock, Generation, Request, Trigger
 from flashmem.memory import MemoryContext, MemorySource, SampleContext
-from flashmem.sampling import Plan, stream_of
+from flashmem.sampling import Plan, require_room, stream_of
 from flashmem.state import DecodeState
 from flashmem.trigger import ENTROPY_KINDS, PROMPT_END_KINDS, Gate, RowStep, TriggerConfig, build_gate
 
@@ -95,18 +96,17 @@ class DecodeLoop:
         self.watch_output = trace or self.kind == "output-entropy"
         self.watch_attention = trace or self.kind != "never"
         seeds = _seeds(seed, len(prompts)) if self.plan.do_sample else None
-        self.waiting = deque(
-            Row(
+        rows = [
+            self._arrive(
                 number,
                 prompt,
                 triggers[number],
-                build_gate(triggers[number], samples[number].sample_id if samples else str(number)),
-                Generation(prompt_tokens=len(prompt)),
                 samples[number] if samples else None,
                 stream_of(*seeds[number], backbone.device) if seeds else None,
             )
             for number, prompt in enumerate(prompts)
-        )
+        ]
+        self.waiting: Iterator[Row] = iter(rows)
         self.width = min(batch_size or len(prompts), len(prompts))
         # Who sits in which row of the state; None is an empty seat.
         self.seats: list[Row | None] = []
@@ -115,12 +115,35 @@ class DecodeLoop:
         self.streamer: Any = None
         self.recorder: TraceRecorder | None = None
 
+    def admit(self, requests: Iterator[Request], batch_size: int) -> None:
+        """Let requests wait in the place of prompts; each is asked for when a seat is free."""
+        self.waiting = (self._asked_for(number, request) for number, request in enumerate(requests))
+        self.width = batch_size
+
+    def _asked_for(self, number: int, request: Request) -> Row:
+        require_room(self.backbone, len(request.prompt), self.plan.max_new_tokens)
+        if request.trigger.kind != self.kind:
+            raise ConfigError(f"A trigger {request.trigger.kind} among those of kind {self.kind}: they must be alike.")
+        stream = None
+        if self.plan.do_sample:
+            seed = torch.seed() if request.seed is None else request.seed
+            stream = stream_of(seed, 0, self.backbone.device)
+        return self._arrive(number, request.prompt, request.trigger, request.sample, stream)
+
+    def _arrive(
+        self,
+        number: int,
+        prompt: list[int],
+        trigger: TriggerConfig,
+        sample: SampleContext | None,
+        stream: torch.Generator | None,
+    ) -> Row:
+        gate = build_gate(trigger, sample.sample_id if sample is not None else str(number))
+        return Row(number, prompt, trigger, gate, Generation(prompt_tokens=len(prompt)), sample, stream)
+
     def run(self) -> Iterator[tuple[int, Generation]]:
         """Yield the number and the record of each sample when it has its last token."""
         self.backbone.observe(self.watch_attention, clock=self.clock)
-        if self.streamer is not None:
-            # As transformers does: a streamer with skip_prompt drops the first thing that it is given.
-            self.streamer.put(torch.tensor([row.prompt for row in self.waiting]))
         try:
             state = self._seat(None)
             while self._rows():
@@ -143,12 +166,15 @@ class DecodeLoop:
 
     def _seat(self, state: DecodeState | None) -> DecodeState:
         """Give empty seats to those who wait, all in one prefill; without any, make the batch smaller."""
+        empty = [seat for seat, row in enumerate(self.seats) if row is None] if self.seats else list(range(self.width))
+        coming = list(islice(self.waiting, len(empty)))
         if state is None:
-            self.seats = [None] * self.width
-        empty = [seat for seat, row in enumerate(self.seats) if row is None]
-        if not self.waiting or not empty:
+            self.seats = [None] * len(coming)
+        if not coming:
             return self._shrink(state, empty) if state is not None and empty else _given(state)
-        coming = [self.waiting.popleft() for _ in empty[: len(self.waiting)]]
+        if self.streamer is not None:
+            # As transformers does: a streamer with skip_prompt drops the first thing that it is given.
+            self.streamer.put(torch.tensor([row.prompt for row in coming]))
         self.clock.begin([row.number for row in coming])
         with self.clock.phase("prefill"):
             fresh = self._open(coming)

@@ -16,9 +16,10 @@ What is not done: beams and assisted decoding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -35,7 +36,16 @@ from flashmem.trigger import TriggerConfig
 if TYPE_CHECKING:
     from flashmem.trace import TraceRecorder
 
-__all__ = ["Clock", "Generation", "SampleContext", "Trigger", "generate", "generate_each"]
+__all__ = [
+    "Clock",
+    "Generation",
+    "Request",
+    "SampleContext",
+    "Trigger",
+    "generate",
+    "generate_each",
+    "generate_stream",
+]
 
 
 class Clock(Protocol):
@@ -148,6 +158,23 @@ class Generation:
     def latent_tokens(self) -> int:
         """Latents injected."""
         return sum(t.latents for t in self.triggers)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt of a stream.
+
+    Attributes:
+        prompt: token ids.
+        trigger: when it takes memories; of the same kind as those of the other requests.
+        sample: who it is, for placebos and for random triggers.
+        seed: what its draws come from; None is another one each time.
+    """
+
+    prompt: list[int]
+    trigger: TriggerConfig = field(default_factory=lambda: TriggerConfig(kind="never"))
+    sample: SampleContext | None = None
+    seed: int | None = None
 
 
 @torch.inference_mode()
@@ -264,6 +291,61 @@ def generate_each(
         prefill=prefill,
         batch_size=batch_size,
     ).run()
+
+
+@torch.inference_mode()
+def generate_stream(
+    backbone: Backbone,
+    requests: Iterable[Request],
+    *,
+    generation_config: GenerationConfig,
+    batch_size: int,
+    memory: MemorySource | None = None,
+    sampling_logits: Literal["post", "pre"] = "post",
+    clock: Clock | None = None,
+) -> Iterator[tuple[int, Generation]]:
+    """Generate as `generate_each` does for requests that need not exist before there is a seat for them.
+
+    The next request is asked for when a row is free, so no more than `batch_size` of them are held. When no more come,
+    those under way are finished. An error, such as a prompt that is too long, ends the whole stream: look before.
+
+    Args:
+        backbone: the model; nothing else may use it while the iterator is open.
+        requests: asked for one at a time, in order.
+        generation_config: as for `generate`; it must say `max_new_tokens`.
+        batch_size: rows that are decoded at once.
+        memory: who writes; needed as soon as a trigger can fire.
+        sampling_logits: as for `generate`.
+        clock: times the phases.
+
+    Yields:
+        The number of a request, counted from 0, and its answer, as soon as it is finished.
+
+    Raises:
+        ConfigError: settings that do not fit together.
+        PromptTooLongError: prompt and answer budget exceed the backbone's positions.
+    """
+    from flashmem.decode_loop import DecodeLoop
+
+    waiting = iter(requests)
+    first = next(waiting, None)
+    if first is None:
+        return
+    if not generation_config.max_new_tokens:
+        raise ConfigError("A stream does not know its longest prompt: set max_new_tokens.")
+    _check([first.prompt], [first.trigger], memory, None, None, batch_size)
+    loop = DecodeLoop(
+        backbone,
+        [],
+        generation_config,
+        memory,
+        [first.trigger],
+        samples=None,
+        clock=clock or NullClock(),
+        literal=sampling_logits == "pre",
+    )
+    loop.admit(chain([first], waiting), batch_size)
+    yield from loop.run()
 
 
 def _triggers(trigger: TriggerConfig | Sequence[TriggerConfig] | None, prompts: int) -> list[TriggerConfig]:

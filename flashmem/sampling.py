@@ -57,11 +57,7 @@ class Plan:
         new = config.max_new_tokens or ((config.max_length or 0) - longest)
         if new < 1:
             raise ConfigError("Nothing to generate: set max_new_tokens to 1 or more.")
-        if longest + new > backbone.max_positions:
-            raise PromptTooLongError(
-                f"{longest} prompt tokens and {new} new ones exceed the {backbone.max_positions} positions of "
-                f"{backbone.name}: shorten the prompt, or truncate it (--truncate left or middle)."
-            )
+        require_room(backbone, longest, new)
         stops = config.stop_strings or ()
         stops = (stops,) if isinstance(stops, str) else tuple(stops)
         eos = _eos_ids(config, backbone)
@@ -92,6 +88,19 @@ class Plan:
         reach = max(len(stop.encode()) for stop in self.stop_strings) + 4
         tail = backbone.decode(token_ids[-reach:])
         return any(stop in tail for stop in self.stop_strings)
+
+
+def require_room(backbone: Backbone, prompt_tokens: int, new_tokens: int) -> None:
+    """Refuse a prompt behind which its answer has no room.
+
+    Raises:
+        PromptTooLongError: they exceed the backbone's positions.
+    """
+    if prompt_tokens + new_tokens > backbone.max_positions:
+        raise PromptTooLongError(
+            f"{prompt_tokens} prompt tokens and {new_tokens} new ones exceed the {backbone.max_positions} positions of "
+            f"{backbone.name}: shorten the prompt, or truncate it (--truncate left or middle)."
+        )
 
 
 def _eos_ids(config: GenerationConfig, backbone: Backbone) -> frozenset[int]:

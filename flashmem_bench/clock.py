@@ -11,16 +11,20 @@ tokens with the final EOS. `itl_ms` are the n - 1 gaps between tokens. `step_ms`
 `sample_ms`, `monitor_ms`, `consolidate_ms`, `inject_ms` are the summed phases of these names. Phases may be nested (the
 monitor lies inside prefill, step and inject); each accumulates its own total, so totals of nested phases overlap.
 
-In a batch all rows share one clock. `result` gives the times of the call, n being its longest answer; `timing_of` those
+In a batch all rows share one clock. `result` gives the times of the call, for an answer of n tokens; `timing_of` those
 of one sample: t0 is when it took its seat, prefill_ms the one prefill that it was in, the other phases are what passed
 while it was under way, for the sake of any row. These are latencies under that load, not those of a sample alone.
+
+What the harness does between two steps of a batch, to grade a sample that is finished or to encode the prompt of the
+next one, belongs to no sample: while the clock is `paused` it stands still for all of them.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,16 +108,30 @@ class HostClock:
     """
 
     def __init__(self, synchronise: Callable[[], None] | None = None, now: Callable[[], int] = time.perf_counter_ns):
-        self._now, self._synchronise = now, synchronise
+        self._source, self._synchronise, self._stood_still = now, synchronise, 0
         self._phases: dict[str, _HostPhase] = {}
         self._seen: list[int] = []
         self._spans: dict[int, _Span] = {}
-        self._t0 = now()
+        # Those whose first token is still to come.
+        self._fresh: list[_Span] = []
+        self._t0 = self._now()
+
+    def _now(self) -> int:
+        return self._source() - self._stood_still
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stand still during the block, which must lie between two phases."""
+        before = self._now()
+        try:
+            yield
+        finally:
+            self._stood_still += self._now() - before
 
     def start(self) -> None:
         """Forget earlier times and set t0."""
         self._phases = {name: _HostPhase(self._now) for name in PHASES}
-        self._seen, self._spans = [], {}
+        self._seen, self._spans, self._fresh = [], {}, []
         if self._synchronise:
             self._synchronise()
         self._t0 = self._now()
@@ -127,15 +145,16 @@ class HostClock:
     def token(self) -> None:
         """Note that a sampled token of every sample under way is known on the host now."""
         self._seen.append(self._now())
-        for span in self._spans.values():
-            if span.prefilled is None:
-                span.prefilled = self._marks()["prefill"]
+        for span in self._fresh:
+            span.prefilled = self._marks()["prefill"]
+        self._fresh.clear()
 
     def begin(self, samples: Sequence[int]) -> None:
         """Note that samples take their seats; the first ones have the t0 of the call."""
         t0 = self._now() if self._spans else self._t0
         for sample in samples:
             self._spans[sample] = _Span(t0, len(self._seen), self._marks())
+            self._fresh.append(self._spans[sample])
 
     def end(self, sample: int) -> None:
         """Note that a sample has its last token."""

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 BASELINE = "vanilla"
 # Parts of an identity that must agree before two cells answer the same question in the same way.
-_SAME = ("suite", "suite_hash", "fingerprint", "template", "device", "dtype", "split", "generation", "truncate", "seed")
+_SAME = ("suite", "suite_hash", "fingerprint", "template", "device", "dtype", "split", "generation", "truncate", "seed",
+         "batch_size")  # fmt: skip
 
 
 def why_equal(store: ResultStore, cell: CellStore, rows: Sequence[Mapping[str, Any]]) -> str | None:
@@ -65,9 +66,13 @@ def _baseline(store: ResultStore, cell: CellStore) -> CellStore | None:
     mine = cell.manifest.get("identity", {})
     for other in store.find(suite=cell.get("suite"), method=BASELINE):
         theirs = other.manifest.get("identity", {})
-        if all(mine.get(key) == theirs.get(key) for key in _SAME):
+        if all(mine.get(key) == theirs.get(key) for key in _SAME) and _exec(mine) == _exec(theirs):
             return other
     return None
+
+
+def _exec(identity: Mapping[str, Any]) -> str | None:
+    return (identity.get("settings") or {}).get("exec")
 
 
 def _all_equal(cell: CellStore, baseline: CellStore, rows: Sequence[Mapping[str, Any]]) -> bool:

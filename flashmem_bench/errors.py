@@ -12,6 +12,12 @@ from collections.abc import Iterable
 from flashmem.errors import FlashMemError
 
 
+def sentence(error: Exception) -> str:
+    """Return what an error says on one line; where it is none of this project's, with the name of its type."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, FlashMemError) else f"{type(error).__name__}: {text}"
+
+
 class BenchError(FlashMemError):
     """Base of the errors raised by the harness itself (exit code 1)."""
 

@@ -25,12 +25,13 @@ from lm_eval.api.registry import register_model
 
 from flashmem_bench.errors import DataError, UsageError
 from flashmem_bench.likelihood import Encoded, cannot_score, encode_pairs, judge, without_context
+from flashmem_bench.methods.base import Entry
 from flashmem_bench.models import BUNDLED, model_key
 from flashmem_bench.prepare import Prepared, prepare
 from flashmem_bench.registry import get_method
 from flashmem_bench.rows import fit_prompt
-from flashmem_bench.runner import by_key, sample_seed
-from flashmem_bench.samples import GenerationArgs, Sample
+from flashmem_bench.runner import by_key, streams
+from flashmem_bench.samples import GenerationArgs, Sample, sample_seed
 from flashmem_bench.session import Request, Session
 from flashmem_bench.settings import parse_assignments
 from flashmem_bench.suites import SuiteInfo, find_suite
@@ -88,7 +89,7 @@ class FlashMemLM(LM):
         data_dir: Data folder; only placebos that need memories of other samples read it.
         truncate: How a prompt that is too long is cut: left, as lm-eval does, middle, or None to refuse it.
         seed: Seed of sampling and random controls.
-        batch_size: Prompts answered together.
+        batch_size: Prompts answered together; one that is finished makes room for the next.
         max_batch_size: Accepted from lm-eval and not used.
         backbone: A backbone that is already loaded.
     """
@@ -183,16 +184,15 @@ class FlashMemLM(LM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return one completion a request, in their order, cut before the first stop string."""
-        found: dict[int, str] = {}
-        self.generations = []
+        found: dict[int, Generation] = {}
         for key, places in _runs(requests, lambda request: (self._suite_of(request), _arguments(request))):
             prepared, method = self._method(*key)
-            for group in self._batches(method, requests, places):
-                for (place, _), record in zip(group, self._generate(prepared, method, requests, group), strict=True):
-                    found[place] = record.text
-                    self.generations.append(record)
-                    self.cache_hook.add_partial("generate_until", requests[place].args, record.text)
-        return [found[place] for place in range(len(requests))]
+            answer = self._stream if streams(method, self.session.request) else self._in_groups
+            for place, record in answer(prepared, method, requests, places):
+                found[place] = record
+                self.cache_hook.add_partial("generate_until", requests[place].args, record.text)
+        self.generations = [found[place] for place in range(len(requests))]
+        return [record.text for record in self.generations]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return `(log-likelihood, greedy)` of each continuation; those of one context share its pass and its memory.
@@ -231,17 +231,30 @@ class FlashMemLM(LM):
         self._tell(prompt.truncated)
         return replace(encoded, prompt=prompt.ids)
 
-    def _generate(
-        self, prepared: Prepared, method: Any, requests: list[Instance], group: Sequence[tuple[int, Sample]]
-    ) -> list[Generation]:
+    def _stream(
+        self, prepared: Prepared, method: Any, requests: list[Instance], places: Sequence[int]
+    ) -> Iterator[tuple[int, Generation]]:
+        """Yield `(place, record)` as answers are finished."""
+        entries = (self._entry(prepared, requests, place) for place in places)
+        for number, record in method.stream(entries, None, self.session.request.batch_size):
+            yield places[number], record
+
+    def _in_groups(
+        self, prepared: Prepared, method: Any, requests: list[Instance], places: Sequence[int]
+    ) -> Iterator[tuple[int, Generation]]:
+        for group in self._batches(method, requests, places):
+            entries = [self._entry(prepared, requests, place) for place, _ in group]
+            prompts, samples = [entry.prompt for entry in entries], [entry.sample for entry in entries]
+            records = method.generate(prompts, samples, None, entries[0].seed)
+            yield from zip([place for place, _ in group], records, strict=True)
+
+    def _entry(self, prepared: Prepared, requests: list[Instance], place: int) -> Entry:
         budget, truncate = prepared.context.generation["max_new_tokens"], self.session.request.truncate
-        ids = [self.tok_encode(requests[place].args[0]) for place, _ in group]
-        prompts = [fit_prompt(self.backbone, entry, truncate, budget) for entry in ids]
-        self._tell(any(prompt.truncated for prompt in prompts))
-        samples = [sample for _, sample in group]
-        name, times = samples[0].sample_id, _repeats(requests, group[0][0])
-        seed = sample_seed(self.session.request.seed, f"{name}/{times}" if times else name)
-        return method.generate([prompt.ids for prompt in prompts], samples, None, seed)
+        prompt = fit_prompt(self.backbone, self.tok_encode(requests[place].args[0]), truncate, budget)
+        self._tell(prompt.truncated)
+        sample, times = _sample(requests[place], place), _repeats(requests, place)
+        name = f"{sample.sample_id}/{times}" if times else sample.sample_id
+        return Entry(prompt.ids, sample, sample_seed(self.session.request.seed, name))
 
     def _tell(self, truncated: bool) -> None:
         if truncated:

@@ -174,7 +174,7 @@ class Costs:
         """Peak bytes of decoding."""
         plan = self.recipe.plan
         context = plan.prompt_tokens + plan.answer_tokens + self.memory().length * plan.triggers
-        # A cache grows by concatenation: old and new stand side by side for one layer; logits are float32.
+        # A cache is made for the longest row, and moved a layer at a time for a longer one; logits are float32.
         return (
             copies * self.weights * self.element
             + 1.1 * batch * self.cache_bytes(context)
@@ -254,6 +254,7 @@ def power(recipe: Recipe, samples: Samples) -> dict[str, Any]:
 def assumptions(costs: Costs) -> list[str]:
     """Return what the numbers rest on, in sentences."""
     plan, device = costs.recipe.plan, costs.device
+    size = costs.recipe.run.batch_size
     return [
         f"device: {device.tflops:.4g} TFLOP/s, {device.bandwidth:.4g} GB/s ({device.source})",
         f"shares of it reached: training {plan.train_mfu:.0%} of the FLOP/s, prefill {plan.prefill_mfu:.0%}, decoding "
@@ -263,6 +264,7 @@ def assumptions(costs: Costs) -> list[str]:
         "answer",
         f"a position costs 2 x {costs.met / 1e9:.3g}e9 FLOPs forward, and {costs.attention(1):.3g} a position that it "
         "looks back on",
+        *([f"runs: {size} samples at once, and a seat that is free is taken by the next one"] if size > 1 else []),
         "a training example: the prefix forward, and [M, y] forward and backward without gradients of the weights"
         + (", forward once more for the checkpointed layers" if costs.recipe.train.activation_checkpointing else ""),
         f"{plan.margin:.0%} is added to every time; disk includes the backbone's own files",
@@ -345,7 +347,8 @@ def _arms(costs: Costs, samples: Samples) -> list[Phase]:
         times = len(recipe.run.seeds) * (len(recipe.train.seeds) if trained else 1)
         latents = spec.memory_of is not None and costs.memory(spec.name).source != "lora"
         factor = floor.bytes_ratio if latents else 1.0
-        seconds = times * number * costs.answer_s(recipe.run.batch_size, factor)
+        together = recipe.run.batch_size if spec.together else 1
+        seconds = times * number * costs.answer_s(together, factor)
         second = latents and costs.second_model(spec.name)
         # What encodes the history again does so at each memory, but for `memgen-cached`; `memgen` does it twice.
         passes = {"memgen": 2 * plan.triggers, "memgen-cached": 1}.get(spec.name, plan.triggers) if second else 0
@@ -354,7 +357,7 @@ def _arms(costs: Costs, samples: Samples) -> list[Phase]:
         disk = times * number * (_ROW_BYTES + plan.answer_tokens * _TEXT_BYTES_A_TOKEN) / _GIB
         why = f"{times} x {number} samples" + (f", decode x {factor:.3g} by bytes" if latents else "")
         own = 4.0 * costs.learned(spec.name) if latents else 0.0
-        memory = (costs.decode_memory(recipe.run.batch_size, copies) + own) / _GIB
+        memory = (costs.decode_memory(together, copies) + own) / _GIB
         found.append(Phase(f"run {spec.name}", times * number, _hours(costs, seconds), memory, disk, why))
     return found
 

@@ -2,24 +2,26 @@
 
 A cell is run in the fixed order of its suite's samples. Each finished sample is written while the next one runs, and
 the same command continues where it stopped: finished samples are skipped, samples that ended in an error are tried
-again, and a larger `--limit` extends the cell. Batches are made of the suite's order, whatever is done already, so
+again, and a larger `--limit` extends the cell.
+
+With `--batch-size` the missing samples are one stream (see `streaming`), and rows come in the order in which samples
+finish. A method that cannot stream gets batches of neighbours, made of the suite's order whatever is done already, so
 that a batch has the same members in every attempt.
 
 Time is split in two: what the clock counts (from ids on the device to the last token on the host) and `harness_ms`,
 the rest of the sample's wall time; waiting for a row's write can only be counted in the row after it. The first
 sample is generated once without being recorded, to warm up.
 
-Ctrl-C lets the sample in progress finish; a second one does not wait.
+Ctrl-C lets the samples in progress finish; a second one does not wait.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import FrameType
@@ -28,7 +30,9 @@ from typing import TYPE_CHECKING, Any
 from flashmem.errors import FlashMemError
 from flashmem_bench.clock import HostClock, clock_for
 from flashmem_bench.equality import why_equal
+from flashmem_bench.errors import sentence
 from flashmem_bench.likelihood import answering, room_for
+from flashmem_bench.peak_memory import PeakMemory
 from flashmem_bench.prepare import Prepared, preflight, prepare
 from flashmem_bench.progress import Progress, Silent
 from flashmem_bench.registry import get_methods
@@ -43,8 +47,10 @@ from flashmem_bench.rows import (
     text_record,
     timing_columns,
 )
+from flashmem_bench.samples import sample_seed
 from flashmem_bench.selection import chosen, of_sessions
 from flashmem_bench.session import Request, Session
+from flashmem_bench.streaming import Answer, SampleStream
 from flashmem_bench.voting import curve
 from flashmem_bench.writer import RowWriter
 
@@ -162,7 +168,8 @@ def run_cell(session: Session, prepared: Prepared, progress: Progress, stop: Sto
 
 def _result(session: Session, prepared: Prepared, cell: CellStore, loop: _CellLoop) -> CellResult:
     wanted = {sample.sample_id for batch in loop.batches() for _, sample in batch}
-    rows = [row for row in cell.rows() if row["sample_id"] in wanted]
+    # On disk they are in the order in which they were finished.
+    rows = sorted((row for row in cell.rows() if row["sample_id"] in wanted), key=lambda row: row["index"])
     errors = [row["error"] for row in rows if row.get("error")]
     status = "complete" if not errors else "failed" if len(errors) == len(rows) else "partial"
     return CellResult(
@@ -187,6 +194,7 @@ class _CellLoop:
         self.chosen = chosen(session.request, self.samples.sessions(), prepared.suite.name)
         self.total = len(self.chosen)
         self._recorded = set(self.chosen)
+        self._peak = PeakMemory(session.backbone)
         self.finished, self.attempt = 0, 0
         self._write_ms = 0.0
         self._writer: RowWriter
@@ -216,11 +224,11 @@ class _CellLoop:
         try:
             with RowWriter(self.cell) as writer:
                 self._writer = writer
-                for batch in pending:
-                    for group in by_key(method, batch):
-                        self._run_group(method, clock, group, done)
-                    if self.stop.asked:
-                        raise Interrupted
+                if streams(method, self.session.request):
+                    missing = [(n, s) for batch in pending for n, s in batch if s.sample_id not in done]
+                    self._run_stream(method, clock, [(n, s) for n, s in missing if n in self._recorded])
+                else:
+                    self._run_groups(method, clock, pending, done)
         except BaseException:
             self.cell.finish(self._summary("partial"))
             raise
@@ -245,6 +253,57 @@ class _CellLoop:
                 self.session.prompts[key] = prompt
         return prompt
 
+    def _run_stream(self, method: Method, clock: HostClock, samples: Sequence[tuple[int, Sample]]) -> None:
+        """Answer samples as seats become free; the first Ctrl-C lets nobody in any more."""
+        stream = SampleStream(
+            method,
+            clock,
+            self.session.request.batch_size,
+            prompt=self._prompt,
+            fits=self._require_room,
+            seed=lambda sample: sample_seed(self.prepared.context.seed, sample.sample_id),
+            stopped=lambda: self.stop.asked,
+            peak=self._peak,
+            note=self.progress.note,
+        )
+        with closing(stream.answers(samples)) as answers:
+            for answer in answers:
+                self._keep(answer)
+        if self.stop.asked:
+            raise Interrupted
+
+    def _require_room(self, prompt: Prompt) -> None:
+        from flashmem.sampling import require_room
+
+        require_room(self.backbone, len(prompt.ids), self.prepared.context.generation["max_new_tokens"])
+
+    def _keep(self, answer: Answer) -> None:
+        """Grade and store one sample of a stream."""
+        began = time.perf_counter()
+        sample, generation, error = answer.sample, answer.generation, answer.error
+        of = (answer.index, sample, answer.prompt)
+        try:
+            row = self._row(*of, generation, answer.timing, error, answer.peak_alloc_bytes)
+        except FlashMemError:  # What a grader lacks, it lacks for every sample.
+            raise
+        except Exception as problem:
+            _log.debug("grading sample %s failed", sample.sample_id, exc_info=True)
+            generation = None
+            row = self._row(*of, None, None, sentence(problem), answer.peak_alloc_bytes)
+        text = text_record(sample, generation, self.backbone)
+        outside = answer.prepare_ms + (time.perf_counter() - began) * 1e3
+        row.update(attempt=self.attempt, started_at=answer.started_at, harness_ms=outside + self._write_ms)
+        self._store(row, text)
+
+    def _run_groups(
+        self, method: Method, clock: HostClock, pending: Sequence[list[tuple[int, Sample]]], done: set[str]
+    ) -> None:
+        for batch in pending:
+            for group in by_key(method, batch):
+                self._run_group(method, clock, group, done)
+            if self.stop.asked:
+                raise Interrupted
+
     def _run_group(self, method: Method, clock: HostClock, group: Sequence[tuple[int, Sample]], done: set[str]) -> None:
         started = time.perf_counter()
         stamp = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -253,23 +312,23 @@ class _CellLoop:
         try:
             before = self.samples[group[0][0] - 1] if group[0][0] else None
             reuse = self._keeper.arguments(group, self._prompt, before)
-            _reset_peak(self.backbone)
+            self._peak.reset()
             clock.start()
             seed = sample_seed(self.prepared.context.seed, samples[0].sample_id)
             generations: Sequence[Any] = method.generate([p.ids for p in prompts], samples, clock, seed, **reuse)
             error = None
         except Exception as problem:  # A sample that fails becomes a row; the run goes on.
             _log.debug("sample %s failed", samples[0].sample_id, exc_info=True)
-            generations, error = [None] * len(group), _sentence(problem)
-        longest = max((g.output_tokens for g in generations if g is not None), default=0)
-        timing = clock.result(longest) if error is None else None
+            generations, error = [None] * len(group), sentence(problem)
+        timings = [clock.result(g.output_tokens) if g is not None else None for g in generations]
+        peak = self._peak.read()
         rows = [
-            self._row(index, sample, prompt, generation, timing, error)
-            for (index, sample), prompt, generation in zip(group, prompts, generations, strict=True)
+            self._row(index, sample, prompt, generation, timing, error, peak)
+            for (index, sample), prompt, generation, timing in zip(group, prompts, generations, timings, strict=True)
         ]
         texts = [text_record(s, g, self.backbone) for s, g in zip(samples, generations, strict=True)]
         spent = (time.perf_counter() - started) * 1e3
-        outside = spent - (timing.e2e_ms or 0.0 if timing else 0.0)
+        outside = spent - (timings[0].e2e_ms or 0.0 if timings[0] else 0.0)
         for row, text, sample in zip(rows, texts, samples, strict=True):
             if sample.sample_id in done or row["index"] not in self._recorded:
                 continue
@@ -291,6 +350,7 @@ class _CellLoop:
         generation: Any,
         timing: Any,
         error: str | None,
+        peak: int | None,
     ) -> dict[str, Any]:
         prepared = self.prepared
         known = {
@@ -303,7 +363,7 @@ class _CellLoop:
             "prompt_truncated": prompt.truncated,
             "beyond_trained_context": prompt.beyond,
             "threshold": prepared.context.threshold(sample.stratum) if "trigger" in prepared.spec.uses else None,
-            "peak_alloc_bytes": _peak(self.backbone),
+            "peak_alloc_bytes": peak,
             "error": error,
             **self._keeper.columns(sample, generation),
         }
@@ -321,7 +381,7 @@ class _CellLoop:
         )
 
     def _summary(self, status: str) -> dict[str, Any]:
-        rows = self.cell.rows()
+        rows = sorted(self.cell.rows(), key=lambda row: row["index"])
         scores = [row["score"] for row in rows if row.get("score") is not None and row.get("score_valid")]
         errors = [row["error"] for row in rows if row.get("error")]
         return {
@@ -333,6 +393,11 @@ class _CellLoop:
             "why_equal": why_equal(self.session.store, self.cell, rows),
             **({"why_not_reused": self._keeper.summary()} if self.prepared.suite.prefix_field else {}),
         }
+
+
+def streams(method: Method, request: Request) -> bool:
+    """Return whether a cell is one stream: several samples at a time, and a method that takes them as they come."""
+    return request.batch_size > 1 and getattr(method, "stream", None) is not None
 
 
 def by_key(method: Method, batch: Sequence[tuple[int, Sample]]) -> list[list[tuple[int, Sample]]]:
@@ -347,31 +412,6 @@ def by_key(method: Method, batch: Sequence[tuple[int, Sample]]) -> list[list[tup
             groups.append([entry])
             keys.append(key)
     return groups
-
-
-def sample_seed(seed: int, sample_id: str) -> int:
-    """Return a seed that depends on the sample and not on what ran before it."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{sample_id}".encode()).digest()[:6], "big")
-
-
-def _sentence(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, FlashMemError) else f"{type(error).__name__}: {text}"
-
-
-def _reset_peak(backbone: Backbone) -> None:
-    if backbone.device.type == "cuda":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats(backbone.device)
-
-
-def _peak(backbone: Backbone) -> int | None:
-    if backbone.device.type != "cuda":
-        return None
-    import torch
-
-    return int(torch.cuda.max_memory_allocated(backbone.device))
 
 
 def _environment(session: Session) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Plain data without lm-eval, so that a method or a test can make them by hand.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -94,3 +95,8 @@ class Likelihoods:
             return cls(tuple(map(float, found["log_likelihoods"])), tuple(map(bool, found["greedy"])))
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a line of log-likelihoods: {text[:60]!r}") from error
+
+
+def sample_seed(seed: int, sample_id: str) -> int:
+    """Return a seed that depends on the sample and not on what ran before it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{sample_id}".encode()).digest()[:6], "big")

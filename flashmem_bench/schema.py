@@ -62,7 +62,7 @@ _MODEL = _c("model", "string", "Name or path of the backbone.")
 _SEED = _c("seed", "int", "Seed of sampling and order.")
 _DEVICE = _c("device", "string", "Device type; on cpu every time is a CPU timing.")
 _DTYPE = _c("dtype", "string", "Floating-point type of the backbone.")
-_BATCH = _c("batch_size", "int", "Samples decoded together; times of a batch are not per-sample latencies.")
+_BATCH = _c("batch_size", "int", "Samples under way at once; above 1 times are latencies under that load.")
 _EXEC = _c("exec", "string", "Execution mode: eager, compile or graph; never mixed in a comparison.")
 _TRAIN_SEED = _c("train_seed", "int", "Seed of the training that made the checkpoint; null without one.")
 
@@ -79,7 +79,7 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
     _c("cluster", "string", "What the sample shares with others, such as a document; null where it stands alone."),
     _c("session_id", "string", "Session of the sample: questions about one history; null where it has none."),
     _c("attempt", "int", "Which start of the command made this row; 1 is the first."),
-    _c("started_at", "string", "UTC time at which the sample began, ISO 8601."),
+    _c("started_at", "string", "UTC time at which the sample began, in a batch took its seat, ISO 8601."),
     _c("prompt_sha", "string", "Hash of the prompt's token ids; equal hashes prove equal prompts."),
     _c("prompt_tokens", "int", "Tokens of the prompt, template included.", "tokens"),
     _c(
@@ -174,21 +174,32 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
         "False for untrained memory, beyond the trained context and where the grader could not decide in time: never "
         "in a headline.",
     ),
-    _c("prefill_ms", "float", "Forward pass over the prompt.", "ms"),
+    _c(
+        "prefill_ms",
+        "float",
+        "Forward pass over the prompt; in a batch the one that read it, with the prompts that came beside it.",
+        "ms",
+    ),
     _c(
         "ttft_ms",
         "float",
-        "Start to the first sampled token known on the host (engine TTFT: no queue).",
+        "Start, in a batch the sample's own, to its first token known on the host (engine TTFT: no queue).",
         "ms",
     ),
     _c(
         "decode_ms",
         "float",
-        "Everything after the prefill, injections included.",
+        "Everything after the prefill, injections included; in a batch also what was done meanwhile for the others.",
         "ms",
         "e2e_ms - prefill_ms",
     ),
-    _c("e2e_ms", "float", "Start to the last token known on the host; no tokenisation, no grading.", "ms"),
+    _c(
+        "e2e_ms",
+        "float",
+        "Start, in a batch the sample's own, to its last token known on the host; no tokenisation, no grading, neither "
+        "its own nor that of others.",
+        "ms",
+    ),
     _c(
         "tpot_ms",
         "float",
@@ -197,9 +208,24 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
         "(e2e_ms - ttft_ms) / (output_tokens - 1)",
     ),
     _c("sample_ms", "float", "Choosing the next token from the logits and bringing it to the host.", "ms"),
-    _c("monitor_ms", "float", "Computing the trigger's signal; null in graph mode.", "ms"),
-    _c("consolidate_ms", "float", "Making memories from the cache.", "ms"),
-    _c("inject_ms", "float", "Passing memories through the backbone.", "ms"),
+    _c(
+        "monitor_ms",
+        "float",
+        "Computing the trigger's signal, in a batch for any sample while this one was under way; null in graph mode.",
+        "ms",
+    ),
+    _c(
+        "consolidate_ms",
+        "float",
+        "Making memories from the cache, in a batch for any sample while this one was under way.",
+        "ms",
+    ),
+    _c(
+        "inject_ms",
+        "float",
+        "Passing memories through the backbone, in a batch for any sample while this one was under way.",
+        "ms",
+    ),
     _c(
         "overhead_share",
         "float",
@@ -213,7 +239,12 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
         "Time of this sample outside the generation: rendering, grading, writing.",
         "ms",
     ),
-    _c("peak_alloc_bytes", "int", "Peak memory allocated on the device; null on a CPU.", "bytes"),
+    _c(
+        "peak_alloc_bytes",
+        "int",
+        "Peak memory allocated on the device while the sample was under way, by the whole batch; null on a CPU.",
+        "bytes",
+    ),
     _c(
         "checkpoint_scope",
         "string",

@@ -1,9 +1,12 @@
 """A second pass over finished samples that keeps the story of each: `run --trace`.
 
 A traced generation takes longer, so its times must not reach a row. The rows are therefore left alone: after a cell has
-run, its first samples are generated once more under a recorder, in the batches and with the seeds of the run, and each
+run, its first samples are generated once more under a recorder, one at a time and with the seeds of the run, and each
 must give the tokens and triggers of its stored row. What the recorder saw becomes one JSON document a sample,
 `<cell>/traces/<sample id>.json`, written whole or not at all. A sample that has its trace already is passed over.
+
+A sample of a batch is traced alone too. In float32 its answer is the same; in a narrower type the sums of a batch are
+rounded in another order, and where two tokens are too close to call for that, there is no trace.
 
 The text in a trace is what a model wrote: data, never to be trusted as markup or as a path.
 """
@@ -12,11 +15,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashmem_bench.errors import BenchError, StoreError
+from flashmem_bench.samples import sample_seed
 from flashmem_bench.store import CellStore, safe_name
 
 if TYPE_CHECKING:
@@ -118,51 +122,32 @@ class _Pass:
         method = prepared.spec.make(prepared.context)
         if not isinstance(method, LatentMethod):
             raise BenchError(f"{self.result.method} cannot be traced: it does not decode with the library's loop")
-        texts = self.cell.texts()
-        for group in self._groups(prepared, method, count):
-            if any(sample.sample_id in missing for _, sample in group):
-                self._trace_group(prepared, method, group, missing, texts)
+        texts, samples = self.cell.texts(), prepared.suite.samples(self.session.request.split)
+        for index in range(min(count, self.session.request.limit or len(samples), len(samples))):
+            if samples[index].sample_id in missing:
+                self._trace_sample(prepared, method, index, samples[index], texts[samples[index].sample_id])
 
-    def _groups(self, prepared: Prepared, method: Any, count: int) -> Iterator[list[tuple[int, Sample]]]:
-        """The groups that the run made of the first samples: a padded batch rounds differently from one alone."""
-        from flashmem_bench.runner import by_key
-
-        request = self.session.request
-        samples = prepared.suite.samples(request.split)
-        total = min(count, request.limit or len(samples), len(samples))
-        for start in range(0, total, request.batch_size):
-            stop = min(start + request.batch_size, len(samples))
-            yield from by_key(method, [(index, samples[index]) for index in range(start, stop)])
-
-    def _trace_group(
-        self,
-        prepared: Prepared,
-        method: Any,
-        group: list[tuple[int, Sample]],
-        missing: set[str],
-        texts: dict[str, dict[str, Any]],
+    def _trace_sample(
+        self, prepared: Prepared, method: Any, index: int, sample: Sample, stored: dict[str, Any]
     ) -> None:
         from flashmem.trace import TraceRecorder
         from flashmem_bench.rows import make_prompt, text_record
-        from flashmem_bench.runner import sample_seed
 
-        context, samples = prepared.context, [sample for _, sample in group]
+        context = prepared.context
         budget, truncate = context.generation["max_new_tokens"], self.session.request.truncate
-        prompts = [make_prompt(context.backbone, sample.prompt, truncate, budget).ids for sample in samples]
-        recorder, seed = TraceRecorder(), sample_seed(context.seed, samples[0].sample_id)
-        generations = method.generate(prompts, samples, None, seed, recorder=recorder)
-        for (index, sample), generation, trace in zip(group, generations, recorder.samples, strict=True):
-            if sample.sample_id not in missing:
-                continue
-            self._require_same(text_record(sample, generation, context.backbone), texts[sample.sample_id])
-            head = {
-                "schema_version": TRACE_VERSION,
-                **{key: prepared.common[key] for key in ("cell", "suite", "method", "model")},
-                "sample_id": sample.sample_id,
-                "index": index,
-                "gold": sample.answer,
-            }
-            _write(trace_path(self.cell.path, sample.sample_id), {**head, **trace.to_json()})
+        prompt = make_prompt(context.backbone, sample.prompt, truncate, budget).ids
+        recorder, seed = TraceRecorder(), sample_seed(context.seed, sample.sample_id)
+        (generation,) = method.generate([prompt], [sample], None, seed, recorder=recorder)
+        self._require_same(text_record(sample, generation, context.backbone), stored)
+        head = {
+            "schema_version": TRACE_VERSION,
+            **{key: prepared.common[key] for key in ("cell", "suite", "method", "model")},
+            "sample_id": sample.sample_id,
+            "index": index,
+            "gold": sample.answer,
+        }
+        (trace,) = recorder.samples
+        _write(trace_path(self.cell.path, sample.sample_id), {**head, **trace.to_json()})
 
     def _require_same(self, again: dict[str, Any], stored: dict[str, Any]) -> None:
         places = [[trigger["text_index"] for trigger in record["triggers"]] for record in (again, stored)]
@@ -171,6 +156,13 @@ class _Pass:
         pairs = enumerate(zip(again["tokens"], stored["tokens"], strict=False))
         first = next((place for place, (ours, theirs) in pairs if ours != theirs), None)
         where = "the memories" if first is None else f"token {first + 1}"
+        together = self.session.request.batch_size
+        if together > 1:
+            raise BenchError(
+                f"sample {stored['sample_id']} of {self.name} does not give alone what it gave in a batch of "
+                f"{together} (they part at {where}), so its trace would be of another answer; trace a cell of "
+                "--batch-size 1"
+            )
         raise BenchError(
             f"sample {stored['sample_id']} of {self.name} no longer gives its stored answer (they part at {where}), so "
             "its trace would be of another answer; its row comes from another machine or version: run it into a new "

@@ -138,8 +138,8 @@ def _derived(row: dict[str, Any]) -> dict[str, float]:
     phases = ("monitor_ms", "consolidate_ms", "inject_ms")
     if found.get("decode_ms", 0) > 0 and set(phases) <= known.keys() and known.get("overhead_share") is not None:
         found["overhead_share"] = sum(known[phase] for phase in phases) / found["decode_ms"]
-    alone = known.get("batch_size") == 1 and known.get("drawn_tokens") is None
-    if alone and {"e2e_ms", "ttft_ms", "output_tokens"} <= known.keys() and known["output_tokens"] > 1:
+    one_answer = known.get("drawn_tokens") is None
+    if one_answer and {"e2e_ms", "ttft_ms", "output_tokens"} <= known.keys() and known["output_tokens"] > 1:
         found["tpot_ms"] = (known["e2e_ms"] - known["ttft_ms"]) / (known["output_tokens"] - 1)
     return found
 

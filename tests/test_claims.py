@@ -269,6 +269,48 @@ def test_compare_says_what_is_missing(tmp_path: Path, capsys, arguments, sentenc
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("other", [{"batch_size": 8}, {"exec": "graph", "settings": {"exec": "graph"}}])
+def test_compare_takes_cells_of_one_batch_size_and_one_execution(tmp_path: Path, capsys, other) -> None:
+    store = ResultStore(tmp_path)
+    scores(store, "vanilla", right(20, 40))
+    scores(store, "flashmem", right(25, 40), **other)
+    line = ["compare", "flashmem", "vanilla", "--suite", "hops", "--results-dir", str(tmp_path)]
+    assert command(line) == 1
+    said = capsys.readouterr().err
+    assert "batch 1, eager" in said and "run one of them as the other was" in said
+    assert answers(store)["beats-vanilla", "hops"]["why"] == "no run of vanilla to compare with"
+    scores(store, "vanilla", right(22, 40), **other)
+    assert command([*line, "--json"]) == 0
+    (document,) = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["difference"][0] == pytest.approx(3 / 40) and document["unequal"] is None
+    assert (document["batch_size"], document["exec"]) == (other.get("batch_size", 1), other.get("exec", "eager"))
+    assert command(line) == 0
+    assert ("time of a sample in a batch of 8: " in capsys.readouterr().out) == ("batch_size" in other)
+    assert answers(store)["beats-vanilla", "hops"]["estimate"] == pytest.approx(3 / 40)
+
+
+def test_a_claim_is_answered_by_the_run_that_has_its_rivals_beside_it(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    scores(store, "flashmem", right(300), train_seed=0)
+    scores(store, "flashmem", right(310), train_seed=1)
+    scores(store, "flashmem", right(260), batch_size=8)
+    scores(store, "vanilla", right(200), batch_size=8)
+    row = answers(store)["beats-vanilla", "hops"]
+    assert row["estimate"] == pytest.approx(60 / 400) and row["seeds"] in (1, None)
+
+
+def test_an_axis_at_two_batch_sizes_keeps_its_points_apart(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    scores(store, "vanilla", right(150))
+    for size, counts in ((1, (260, 240)), (8, (100, 390))):
+        for value, count in zip(("1", "2"), counts, strict=True):
+            mark = {"axis": "consolidator-depth", "value": value, "reference": value == "1"}
+            settings = {"memory.depth": int(value)}
+            scores(store, "flashmem-prompt-end", right(count), ablation=[mark], settings=settings, batch_size=size)
+    row = answers(store)["one-layer", "hops"]
+    assert row["estimate"] in (pytest.approx(20 / 400), pytest.approx(-290 / 400))
+
+
 def test_unequal_cells_are_compared_only_on_request(tmp_path: Path, capsys) -> None:
     store = ResultStore(tmp_path)
     scores(store, "vanilla", right(20, 40))

@@ -149,6 +149,23 @@ def test_lm_evals_evaluation_gives_the_answers_of_a_run(method, bench, results):
     assert score == pytest.approx(sum(row["score"] for row in result.rows) / 3)
 
 
+@pytest.mark.parametrize("method", ["vanilla", "flashmem", "snapkv", "memgen-cached"])
+def test_batches_of_lm_eval_give_the_answers_of_single_requests(method, bench, results):
+    """The record of each request stands at its place, whichever was finished first."""
+    found = []
+    for size in (1, 3):
+        lm = FlashMemLM(
+            model=str(bench.model), method=method, results_dir=results, backbone=bench.backbone, batch_size=size,
+            settings="sampling.temperature=1.0",
+        )  # fmt: skip
+        evaluation = evaluated(lm, ["flashmem_hops"], limit=7)
+        samples = sorted(evaluation["samples"]["flashmem_hops"], key=lambda sample: sample["doc_id"])
+        texts = [sample["resps"][0][0] for sample in samples]
+        assert [record.text for record in lm.generations] == texts
+        found.append([(record.token_ids, [t.text_index for t in record.triggers]) for record in lm.generations])
+    assert found[0] == found[1] and len(found[0]) == 7
+
+
 def test_likelihoods_through_lm_eval_are_those_of_a_run(data, bench, results):
     """The same given answers with a memory at the prompt end, both ways."""
     name = "lm-eval/arc_challenge"

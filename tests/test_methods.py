@@ -130,6 +130,20 @@ def test_why_equal_names_the_reason(bench, tmp_path):
     assert "logits before each injection" in cells[1].summary["why_equal"]
 
 
+def test_why_equal_speaks_of_one_batch_size(bench, tmp_path):
+    results = bench.results(tmp_path / "results")
+    more = {"limit": 3, "settings": {"eviction.budget": 2000}}
+    bench.run(results, "hops", "vanilla", limit=3)
+    (apart,) = bench.run(results, "hops", "snapkv", batch_size=2, **more)
+    assert apart.summary["why_equal"] is None
+    bench.run(results, "hops", "vanilla", limit=3, batch_size=2)
+    (beside,) = bench.run(results, "hops", "snapkv", batch_size=2, **{**more, "limit": 4})
+    assert beside.summary["why_equal"] is None, "the fourth sample has nothing beside it"
+    bench.run(results, "hops", "vanilla", limit=5, batch_size=2)
+    (beside,) = bench.run(results, "hops", "snapkv", batch_size=2, **{**more, "limit": 5})
+    assert "nothing that the method changes reached a token" in beside.summary["why_equal"]
+
+
 def test_pooled_matching_uses_one_rate(bench, tmp_path):
     cells = bench.run(
         bench.results(tmp_path / "results"), "hops-list", "flashmem-random-trigger", limit=3, match="pooled"

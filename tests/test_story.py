@@ -103,6 +103,19 @@ def test_batches_and_sampling_are_traced_as_they_ran(bench, tmp_path):
         assert len(run_traced(bench, results, "hops", "flashmem", 4, limit=4, **more)) == 4
 
 
+def test_an_answer_that_is_another_alone_than_in_its_batch_is_said(bench, tmp_path):
+    results = bench.results(tmp_path / "results")
+    bench.run(results, "hops", "vanilla", limit=3, batch_size=3)
+    (texts,) = results.glob("runs/*/*/*/texts.jsonl")
+    records = [json.loads(line) for line in texts.read_text().splitlines()]
+    for record in records:
+        record["tokens"][0] = "other"
+    texts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    sentence = r"does not give alone what it gave in a batch of 3 \(they part at token 1\).*--batch-size 1"
+    with pytest.raises(BenchError, match=sentence):
+        run_traced(bench, results, "hops", "vanilla", 2, limit=3, batch_size=3)
+
+
 def test_an_answer_that_changed_is_one_sentence(bench, tmp_path):
     results = bench.results(tmp_path / "results")
     bench.run(results, "hops", "vanilla", limit=2)

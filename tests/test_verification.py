@@ -92,5 +92,13 @@ def test_a_missing_text_and_an_unknown_cell(results: Path, capsys: pytest.Captur
     assert "list runs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("size", [1, 16])
+def test_the_formula_of_a_token_holds_in_a_batch_too(size: int) -> None:
+    row = {"batch_size": size, "e2e_ms": 40.0, "ttft_ms": 10.0, "output_tokens": 4, "tpot_ms": 10.0}
+    assert not list(row_problems(row))
+    assert "tpot_ms is 2.0" in next(row_problems({**row, "tpot_ms": 2.0}))
+    assert not list(row_problems({**row, "tpot_ms": 2.0, "drawn_tokens": 32})), "the times of a vote are those of all"
+
+
 def test_rows_of_a_failed_sample_break_no_formula() -> None:
     assert not list(row_problems({"sample_id": "a", "error": "boom", "triggers": None, "e2e_ms": None}))

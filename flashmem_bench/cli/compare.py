@@ -32,7 +32,7 @@ def compare(
     o.set_up_logging(debug)
     from flashmem_bench.errors import StoreError, UsageError
     from flashmem_bench.report.cells import load_cells
-    from flashmem_bench.report.paired import compare_arms, find_arm
+    from flashmem_bench.report.paired import compare_arms, find_pair
     from flashmem_bench.store import ResultStore
 
     allowed = o.number(margin, "--margin")
@@ -43,8 +43,7 @@ def compare(
     cells = load_cells(ResultStore(results_dir))
     suites = o.split_list(suite) or tuple(dict.fromkeys(cell.suite for cell in cells if cell.method in (a, b)))
     found = [
-        compare_arms(find_arm(cells, name, a), find_arm(cells, name, b), allowed, unequal=allow_unequal)
-        for name in suites or ("wordmath",)
+        compare_arms(*find_pair(cells, name, a, b), allowed, unequal=allow_unequal) for name in suites or ("wordmath",)
     ]
     if json:
         o.emit_json([_known(document) for document in found])
@@ -77,10 +76,16 @@ def describe(found: dict[str, Any]) -> str:
     ratios = [f"{say.interval(*found[key])} {name}" for key, name in named if not math.isnan(found[key][0])]
     if ratios:
         stamp = f" ({CPU_STAMP})" if found["device"] == "cpu" else ""
-        lines.append(f"  time: {', '.join(ratios)}{stamp}")
+        lines.append(f"  time{_load(found)}: {', '.join(ratios)}{stamp}")
     if found["unequal"]:
         lines.append(f"  not under the same conditions: {found['unequal']}")
     return "\n".join(lines)
+
+
+def _load(found: dict[str, Any]) -> str:
+    """What is no latency of a sample alone says so."""
+    size = found["batch_size"] or 1
+    return f" of a sample in a batch of {size}" if size > 1 and not found["unequal"] else ""
 
 
 def _no_worse(found: dict[str, Any]) -> str:

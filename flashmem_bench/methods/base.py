@@ -88,6 +88,20 @@ class BuildContext:
         return self.thresholds.get(stratum, self.thresholds.get(None))
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A sample that enters a stream.
+
+    Attributes:
+        prompt: Token ids; they must fit the backbone's positions with the answer's budget.
+        seed: What the sample's own draws come from.
+    """
+
+    prompt: list[int]
+    sample: Sample
+    seed: int
+
+
 class Method(Protocol):
     """Answers prompts."""
 
@@ -106,6 +120,16 @@ class Method(Protocol):
         ...
 
     # A method with `reuses_prefix` takes `prefill=` besides, which stands for the backbone's own.
+    #
+    # A method may also have
+    #
+    #     stream(entries: Iterable[Entry], clock: HostClock | None, batch_size: int)
+    #         -> Generator[tuple[int, Generation]]
+    #
+    # which answers up to `batch_size` samples at a time. It asks for the next entry when a seat is free, and yields
+    # each sample, by its number in the order of asking, as soon as it is finished. It tells the clock when a number
+    # begins and ends, and its answers are those that `generate` gives for each sample alone. A method without it gets
+    # batches of neighbours that have one `batch_key`.
 
 
 @dataclass(frozen=True)
@@ -125,6 +149,7 @@ class MethodSpec:
         match: Dotted settings that match it to that cell over all samples, from `--match`, the settings and what the
             cell did; empty where it is matched within each sample.
         judges: It can judge given answers; its `Method` then has `score` as `latent.LatentMethod` has it.
+        together: It answers several samples at once where `--batch-size` asks for it; else one after the other.
     """
 
     name: str
@@ -138,6 +163,7 @@ class MethodSpec:
     reference: str | None = None
     match: Callable[[str, Settings, Mapping[str, ReferenceSample]], dict[str, Any]] | None = None
     judges: bool = True
+    together: bool = True
 
     def make(self, context: BuildContext) -> Method:
         """Build the method, with its backbone run as the settings say.

@@ -99,4 +99,5 @@ SPEC = MethodSpec(
     build=SelfConsistency,
     uses=("vote", "exec"),
     judges=False,
+    together=False,
 )

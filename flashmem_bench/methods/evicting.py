@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 
 class EvictingMethod(LatentMethod):
-    """Plain decoding after one eviction; batches are of one sample, since left padding would be scored too."""
+    """Plain decoding after one eviction; batches are of one sample, since what is kept is as long in every row."""
 
     # What is evicted depends on the whole prompt, the question included.
     reuses_prefix = False
+    stream = None  # type: ignore[assignment]
 
     def __init__(self, context: BuildContext, policy: str):
         from flashmem.eviction import EvictionConfig, prefill_and_evict
@@ -37,7 +38,7 @@ class EvictingMethod(LatentMethod):
         self.prefill = partial(prefill_and_evict, context.backbone, config=config)
 
     def batch_key(self, sample: Sample) -> object:
-        """Return the sample: no padding."""
+        """Return the sample: it is a batch of its own."""
         return sample.sample_id
 
     def generate(  # type: ignore[override]
@@ -63,4 +64,5 @@ def eviction_spec(policy: str, summary: str) -> MethodSpec:
         summary=summary,
         build=lambda context: EvictingMethod(context, policy),
         uses=("eviction", "sampling.temperature", "exec"),
+        together=False,
     )

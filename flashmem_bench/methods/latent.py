@@ -7,15 +7,15 @@ measured here; the clock is handed through to the library.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from flashmem_bench.errors import BenchError
-from flashmem_bench.methods.base import BuildContext
+from flashmem_bench.methods.base import BuildContext, Entry
 
 if TYPE_CHECKING:
-    from flashmem.generation import Generation
+    from flashmem.generation import Generation, Request
     from flashmem.memory import MemorySource
     from flashmem.scoring import Scores
     from flashmem.state import DecodeState
@@ -102,6 +102,36 @@ class LatentMethod:
             recorder=recorder,
             prefill=prefill,
         )
+
+    def stream(
+        self, entries: Iterable[Entry], clock: HostClock | None, batch_size: int
+    ) -> Generator[tuple[int, Generation]]:
+        """Answer samples as seats become free, each under its own trigger; see `Method`."""
+        from flashmem.generation import generate_stream
+
+        yield from generate_stream(
+            self.backbone,
+            (self._request(entry) for entry in entries),
+            memory=self.memory,
+            generation_config=self._generation_config,
+            sampling_logits=self._context.settings.sampling.logits,
+            clock=clock,
+            batch_size=batch_size,
+        )
+
+    def _request(self, entry: Entry) -> Request:
+        from flashmem.generation import Request
+        from flashmem.memory import SampleContext
+        from flashmem.trigger import TriggerConfig
+
+        trigger = TriggerConfig(kind="never")
+        if self.memory is not None:
+            trigger = self._trigger_for(entry.sample)
+            if trigger.kind == "never" != self._context.settings.trigger.kind:
+                # No moment was drawn for this sample, and the others of its stream have schedules.
+                trigger = replace(trigger, kind="schedule", positions=())
+        who = SampleContext(entry.sample.sample_id, entry.sample.answer)
+        return Request(entry.prompt, trigger, who, entry.seed)
 
     def score(
         self,

@@ -68,7 +68,9 @@ def _answer(claim: Claim, suite: str, cells: Sequence[Cell]) -> Answer:
     if not found:
         return Answer(CANNOT_TELL, f"no run of {claim.a}")
     tests = {"better": _better, "no-worse": _no_worse, "falls": _falls, "no-harm": _no_harm}
-    return tests[claim.test](claim, found[0], cells)
+    # Of runs under several conditions the one that has its rivals beside it.
+    whole = (arm for arm in found if all(arm_against(arm, cells, method) is not None for method in claim.b))
+    return tests[claim.test](claim, next(whole, found[0]), cells)
 
 
 def _better(claim: Claim, arm: Arm, cells: Sequence[Cell]) -> Answer:
@@ -138,13 +140,16 @@ def _assay(claim: Claim, rival: Arm, cells: Sequence[Cell]) -> str | None:
 def _no_worse_point(claim: Claim, arm: Arm, cells: Sequence[Cell]) -> Answer:
     """The reference point of an axis against its best other point."""
     marked = [cell for cell in cells if cell.suite == arm.first.suite and _marks(cell, claim)]
-    points = {_marks(cell, claim)[0]["value"]: cell for cell in marked}
     reference = next((cell for cell in marked if _marks(cell, claim)[0].get("reference")), None)
+    points = {
+        _marks(cell, claim)[0]["value"]: cell
+        for cell in marked
+        if reference is not None and cell is not reference and refusal(reference, cell) is None
+    }
     others = {
         value: found
         for value, cell in points.items()
-        if reference is not None and cell is not reference and refusal(reference, cell) is None
-        if (found := difference(_alone(reference), _alone(cell))) is not None
+        if reference is not None and (found := difference(_alone(reference), _alone(cell))) is not None
     }
     if reference is None or not others:
         return Answer(CANNOT_TELL, f"no ablation {claim.axis} on this suite")

@@ -11,23 +11,35 @@ from flashmem_bench.report.arms import Arm, arms_of, difference, share_memory, v
 from flashmem_bench.report.cells import Cell, refusal
 
 
-def find_arm(cells: Sequence[Cell], suite: str, name: str) -> Arm:
-    """The arm of a method, or the one cell whose id begins so.
+def find_pair(cells: Sequence[Cell], suite: str, a: str, b: str) -> tuple[Arm, Arm]:
+    """The two arms that a comparison is about: the first that may be compared, else those that stand for the names.
 
     Args:
         cells: all cells.
         suite: name of the suite.
-        name: a method, or the beginning of a cell's id.
+        a: a method, or the beginning of a cell's id.
+        b: the same of the other.
+
+    Raises:
+        BenchError: nothing, or more than one cell, goes by one of the names.
+    """
+    ours, theirs = find_arms(cells, suite, a), find_arms(cells, suite, b)
+    pairs = ((one, other) for one in ours for other in theirs if refusal(one.first, other.first) is None)
+    return next(pairs, (ours[0], theirs[0]))
+
+
+def find_arms(cells: Sequence[Cell], suite: str, name: str) -> list[Arm]:
+    """The arms of a method, the one that stands for it first, or the one cell whose id begins so.
 
     Raises:
         BenchError: nothing, or more than one cell, goes by that name.
     """
     arms = arms_of(cells, suite, name)
     if arms:
-        return arms[0]
+        return arms
     found = [cell for cell in cells if cell.suite == suite and cell.cell_id.startswith(name)]
     if len(found) == 1:
-        return Arm({found[0].train_seed: found[0]})
+        return [Arm({found[0].train_seed: found[0]})]
     if found:
         raise BenchError(f"{len(found)} cells of {suite} begin with {name!r}; give more of the id")
     raise BenchError(
@@ -50,7 +62,10 @@ def compare_arms(a: Arm, b: Arm, margin: float | None = None, *, unequal: bool =
     """
     reason = refusal(a.first, b.first)
     if reason is not None and not unequal:
-        raise BenchError(f"{a.first.method} and {b.first.method} cannot be compared: {reason}; --allow-unequal does it")
+        raise BenchError(
+            f"{a.first.method} and {b.first.method} cannot be compared: {reason}; run one of them as the other was, or "
+            "compare them all the same with --allow-unequal"
+        )
     found = difference(a, b)
     if found is None:
         raise BenchError(f"{a.first.method} and {b.first.method} have no scored sample in common")
@@ -80,6 +95,8 @@ def compare_arms(a: Arm, b: Arm, margin: float | None = None, *, unequal: bool =
         "time_ratio": _ratio(pairs, "e2e_ms"),
         "decode_time_ratio": _ratio(pairs, "decode_ms"),
         "device": a.first.rows[0].get("device"),
+        "batch_size": a.first.rows[0].get("batch_size"),
+        "exec": a.first.rows[0].get("exec"),
     }
     if margin is not None:
         needed = stats.samples_for_margin(margin, discordant) if discordant and margin > 0 else None
