@@ -66,6 +66,7 @@ class Backbone:
         self.model.set_attn_implementation(monitoring.register())
         self.model.eval().requires_grad_(False)
         self.tap: monitoring.AttentionTap | None = None
+        self._own_tap = monitoring.AttentionTap()
         self._collected: list[Tensor] | None = None
         self._fingerprint: str | None = None
         self._mask_kinds = sorted(set(self.layer_types))
@@ -233,7 +234,8 @@ class Backbone:
         """Switch the monitor on or off. Off, the monitored layer is a plain SDPA layer."""
         for layer in self.decoder.layers:
             monitoring.detach(layer.self_attn)
-        self.tap = monitoring.attach(self.decoder.layers[self.monitor_layer].self_attn) if on else None
+        # Always the same one: what is compiled holds on to it.
+        self.tap = monitoring.attach(self.decoder.layers[self.monitor_layer].self_attn, self._own_tap) if on else None
         if self.tap is not None:
             self.tap.rows, self.tap.normalise, self.tap.clock = rows, self.monitor.normalise, clock
             self.tap.sinks = self.monitor.sinks

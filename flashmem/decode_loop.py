@@ -90,6 +90,7 @@ class DecodeLoop:
     ) -> None:
         self.backbone, self.memory, self.clock = backbone, memory, clock
         self.engine = backbone.engine
+        self.engine.paused = clock.paused
         self.literal, self.keep_memories = literal, keep_memories
         self.plan = Plan.of(generation_config, backbone, prompts)
         self.kind = triggers[0].kind if triggers else "never"

@@ -14,7 +14,8 @@ more are handed to the next one (`lend`), and a prompt that fits reads into them
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FunctionType
@@ -26,6 +27,7 @@ from torch import Tensor
 from flashmem import attention
 from flashmem.errors import ConfigError
 from flashmem.kv_cache import RaggedCache
+from flashmem.monitor import AttentionTap
 from flashmem.sampling import look
 from flashmem.slots import SlotBuffer, Slots
 from flashmem.state import DecodeState
@@ -54,12 +56,14 @@ class Engine:
 
     Attributes:
         static: passes are recorded for a fixed number of rows, which must then not change.
+        paused: what stops the clock of a call while a pass is recorded.
     """
 
     static = False
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
+        self.paused: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def lend(self, cache: RaggedCache) -> None:
         """Give an empty cache buffers that are there already, where there are any."""
@@ -223,9 +227,12 @@ class StaticEngine(Engine):
         """Replay a pass, or record it first."""
         bucket, tap = bucket_of(state.length + width), self.backbone.tap
         key = (*name, bucket, None if tap is None else tap.rows)
-        if key not in self._passes:
-            self._passes[key] = self._new_pass(state, seats, bucket, width, run)
-        self._passes[key]()
+        with _untimed(tap):
+            if key not in self._passes:
+                # What is recorded once is in nobody's time.
+                with self.paused():
+                    self._passes[key] = self._new_pass(state, seats, bucket, width, run)
+            self._passes[key]()
 
     def _new_pass(self, state: DecodeState, seats: _Seats, bucket: int, width: int, run: Pass) -> Callable[[], None]:
         # Not the state itself: its recordings outlive it.
@@ -240,18 +247,13 @@ class StaticEngine(Engine):
             with stage.cache.static(slots, ends), attention.decoding_with(kernel):
                 run(stage, slots)
 
-        tap, takes = self.backbone.tap, seats.takes.clone()
-        clock = tap.clock if tap is not None else None
         # While it is tried nobody takes the pass, so nothing but the slots behind the rows' ends changes.
+        takes = seats.takes.clone()
         seats.takes.zero_()
-        if tap is not None:
-            tap.clock = None
         try:
             return self._record(whole_pass)
         finally:
             seats.takes.copy_(takes)
-            if tap is not None:
-                tap.clock = clock
 
     def _token_pass(self, state: DecodeState, seats: _Seats, slots: Slots) -> None:
         self._settle(seats, self._run(state, seats, self.backbone.embed(seats.tokens[:, None]), slots), 1)
@@ -306,6 +308,19 @@ class StaticEngine(Engine):
         return self._zeros(*tensor.shape, dtype=tensor.dtype)
 
 
+@contextmanager
+def _untimed(tap: AttentionTap | None) -> Iterator[None]:
+    """Inside, the monitor tells no clock: a recording would not."""
+    clock = tap.clock if tap is not None else None
+    if tap is not None:
+        tap.clock = None
+    try:
+        yield
+    finally:
+        if tap is not None:
+            tap.clock = clock
+
+
 def as_it_is(run: Callable[[], None]) -> Callable[[], None]:
     """A recorder that records nothing: the static passes, run as they come."""
     return run
@@ -315,7 +330,10 @@ def compiled(run: Callable[[], None]) -> Callable[[], None]:
     """A recorder that compiles."""
     # Recompilations are counted by code object, and all passes are closures of one: each gets its own.
     own = FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)
-    return torch.compile(own, dynamic=False)
+    fast = torch.compile(own, dynamic=False)
+    # It is compiled when it is called for the first time.
+    fast()
+    return fast
 
 
 def captured(run: Callable[[], None], pool: Any) -> Callable[[], None]:

@@ -67,6 +67,10 @@ class Clock(Protocol):
         """A sample has its last token."""
         ...
 
+    def paused(self) -> AbstractContextManager[None]:
+        """What happens inside belongs to no sample: a pass is recorded."""
+        ...
+
 
 class NullClock:
     """Times nothing."""
@@ -83,6 +87,10 @@ class NullClock:
 
     def end(self, sample: int) -> None:
         """See `Clock.end`."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """See `Clock.paused`."""
+        return nullcontext()
 
 
 @dataclass(frozen=True)

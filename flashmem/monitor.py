@@ -256,9 +256,9 @@ def register() -> str:
     return ATTENTION_NAME
 
 
-def attach(layer: nn.Module) -> AttentionTap:
-    """Put a fresh tap on an attention module and return it."""
-    tap = AttentionTap()
+def attach(layer: nn.Module, tap: AttentionTap | None = None) -> AttentionTap:
+    """Put a tap, a fresh one unless one is given, on an attention module and return it."""
+    tap = tap or AttentionTap()
     setattr(layer, _TAP, tap)
     return tap
 

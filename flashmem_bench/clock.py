@@ -121,7 +121,7 @@ class HostClock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stand still during the block, which must lie between two phases."""
+        """Stand still during the block."""
         before = self._now()
         try:
             yield
@@ -254,6 +254,11 @@ class _EventPhase:
         # Milliseconds up to each occurrence that was read.
         self._sums = [0.0]
 
+    def begin_again(self) -> None:
+        """Count what is under way from now on; what it took before was next to nothing."""
+        for pair in self._open:
+            pair[0].record()
+
     @property
     def unread(self) -> bool:
         """Whether something was recorded and not read."""
@@ -331,6 +336,14 @@ class CudaEventClock(HostClock):
         if name not in self._phases:
             self._phases[name] = _EventPhase(self)  # type: ignore[assignment]
         return self._phases[name]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stand still during the block; a phase around it begins anew, since events go on."""
+        with super().paused():
+            yield
+        for phase in self._phases.values():
+            phase.begin_again()  # type: ignore[attr-defined]
 
     def phase_ms(self, name: str) -> float:
         """Return the summed device time of a phase."""

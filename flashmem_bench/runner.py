@@ -374,7 +374,7 @@ class _CellLoop:
             prepared.common,
             known,
             generation_columns(generation, sample, self.backbone),
-            timing_columns(timing),
+            timing_columns(timing, prepared.context.settings.exec),
             grade_columns(grade, scored=prepared.scored, valid=not prompt.beyond),
             {"grader": prepared.suite.grader},
             metric_columns(curve(prepared.suite, sample, generation.candidates)),

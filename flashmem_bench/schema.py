@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import pyarrow
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 METRIC_PREFIX = "metric."
 
@@ -211,7 +211,7 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
     _c(
         "monitor_ms",
         "float",
-        "Computing the trigger's signal, in a batch for any sample while this one was under way; null in graph mode.",
+        "Computing the trigger's signal, in a batch for any sample meanwhile; null unless exec is eager.",
         "ms",
     ),
     _c(
@@ -577,7 +577,7 @@ LATENCY_COLUMNS: tuple[Column, ...] = (
     _c("ttft_ms", "float", "Start to the first token on the host.", "ms"),
     _c("decode_ms", "float", "Everything after the prefill.", "ms", "e2e_ms - prefill_ms"),
     _c("e2e_ms", "float", "Start to the last token on the host.", "ms"),
-    _c("monitor_ms", "float", "Computing the trigger's signal.", "ms"),
+    _c("monitor_ms", "float", "Computing the trigger's signal; null unless exec is eager.", "ms"),
     _c("consolidate_ms", "float", "Making memories.", "ms"),
     _c("inject_ms", "float", "Passing memories through the backbone.", "ms"),
     _c("tpot_ms", "float", "Time per output token after the first.", "ms", "(e2e_ms - ttft_ms) / (output_tokens - 1)"),

@@ -151,6 +151,10 @@ class _Counter:
     def end(self, sample: int) -> None:
         """See `flashmem.generation.Clock`."""
 
+    def paused(self) -> Any:
+        """See `flashmem.generation.Clock`."""
+        return nullcontext()
+
 
 def _calls_alone(backbone: Backbone, arm: Arm, protocol: Protocol, prompt: list[int], clock: HostClock) -> float:
     """Milliseconds that the clock's calls of one run take with nothing between them."""

@@ -104,7 +104,9 @@ def row_of(
         "positions_woven": generation.positions_woven,
         **{name: getattr(timing, name) for name in ("prefill_ms", "ttft_ms", "decode_ms", "e2e_ms", "tpot_ms")},
         **{name: getattr(timing, name) for name in ("step_ms", "sample_ms")},
-        **{name: getattr(timing, name) for name in ("monitor_ms", "consolidate_ms", "inject_ms")},
+        **{name: getattr(timing, name) for name in ("consolidate_ms", "inject_ms")},
+        # Inside a pass that is replayed nobody can time it.
+        "monitor_ms": timing.monitor_ms if backbone.execution == "eager" else None,
         **_tails("itl_plain_ms", plain),
         **_tails("itl_trigger_ms", triggering),
         "text_tok_s": (generation.output_tokens - 1) / seconds if seconds else None,
