@@ -66,10 +66,11 @@ def cost_sentence(request: Request, sweep: Sweep) -> str:
     arms = sum(len(sweep.methods(request, point)) for point in sweep.points)
     cells = arms * len(request.suites) * len(sweep.seeds)
     samples = cells * (request.limit or 0)
-    times = []
+    times, wanted = [], (model_key(request.model), request.batch_size)
     for cell in ResultStore(request.results_dir).cells():
-        if cell.get("suite") in request.suites and cell.get("model") == model_key(request.model):
-            times += [row["e2e_ms"] for row in cell.rows() if row.get("e2e_ms") is not None]
+        if cell.get("suite") in request.suites and (cell.get("model"), cell.get("batch_size")) == wanted:
+            # The samples of a batch share their time.
+            times += [row["e2e_ms"] / request.batch_size for row in cell.rows() if row.get("e2e_ms") is not None]
     estimate = f", about {samples * sum(times) / len(times) / 6e4:.1f} minutes" if times else ""
     trained = ""
     if axis.trains:

@@ -535,3 +535,18 @@ def test_the_peak_of_a_batch_belongs_to_those_who_were_in_it(bench):
     )
     answers = list(stream.answers([(n, Sample(name, "", "", "", None, {})) for n, name in enumerate(order)]))
     assert {answer.sample.sample_id: answer.peak_alloc_bytes for answer in answers} == {"a": 500, "c": 200, "b": 900}
+
+
+def test_what_an_axis_will_take_is_told_from_rows_of_its_batch_size(bench, tmp_path):
+    from flashmem_bench.ablation_training import Schedule
+    from flashmem_bench.ablations import get_axis, points
+    from flashmem_bench.sweeps import Sweep, cost_sentence
+
+    results, axis = bench.results(tmp_path / "results"), get_axis("monitor-threshold")
+    sweep = Sweep(axis, points(axis, ("0.5", "1.5")), Schedule(), (0,))
+    request = bench.request(results, "hops", "flashmem", limit=60_000, batch_size=2)
+    bench.run(results, "hops", "vanilla", limit=3)
+    assert "minutes" not in cost_sentence(request, sweep)
+    (batched,) = bench.run(results, "hops", "vanilla", limit=4, batch_size=2)
+    share = sum(row["e2e_ms"] for row in batched.rows) / 4 / 2
+    assert f"about {len(sweep.points) * 60_000 * share / 6e4:.1f} minutes" in cost_sentence(request, sweep)

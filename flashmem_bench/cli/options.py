@@ -38,7 +38,9 @@ NoPrefixReuse = Annotated[
     bool, _option("--no-prefix-reuse", help="Encode the history of a session for every question.", panel=_RUNNING)
 ]
 Seed = Annotated[str, _option("--seed", help="Seed of sampling and random controls (0).", metavar="S", panel=_RUNNING)]
-BatchSize = Annotated[str, _option("--batch-size", help="Samples at once (1).", metavar="B", panel=_RUNNING)]
+BatchSize = Annotated[
+    str, _option("--batch-size", help="Samples at once (1); a finished one makes room.", metavar="B", panel=_RUNNING)
+]
 Device = Annotated[str, _option("--device", help="auto, cpu, cuda, cuda:1, mps.", metavar="D", panel=_RUNNING)]
 DType = Annotated[str, _option("--dtype", help="auto, float32, bfloat16, float16.", metavar="T", panel=_RUNNING)]
 Checkpoint = Annotated[
