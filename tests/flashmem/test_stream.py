@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from flashmem.engine import StaticEngine, as_it_is
 from flashmem.errors import ConfigError, PromptTooLongError
 from flashmem.generation import Request, generate, generate_stream
 from flashmem.memory import MemoryConfig, SampleContext, new_memory
@@ -111,3 +112,19 @@ def test_what_a_stream_refuses(backbone):
         run([Request(short), Request(short, TriggerConfig(kind="always"))], memory=make_memory(backbone))
     with pytest.raises(PromptTooLongError, match="positions"):
         run([Request(short), Request(short * backbone.max_positions)])
+
+
+@pytest.mark.parametrize("kind", ["consolidator", "weaver-cached"])
+def test_recorded_passes_answer_a_stream_as_the_others_do(backbone, kind):
+    memory, config = make_memory(backbone, kind), GenerationConfig(max_new_tokens=12, eos_token_id=list(range(12)))
+    trigger = TriggerConfig(kind="every", interval=3, cooldown=0)
+    asked = [Request(prompt, trigger) for prompt in prompts_of(*LENGTHS)]
+    given = {"generation_config": config, "memory": memory, "batch_size": 3}
+    plain = dict(generate_stream(backbone, asked, **given))
+    backbone.engine = StaticEngine(backbone, as_it_is)
+    again = dict(generate_stream(backbone, asked, **given))
+    assert sorted(again) == sorted(plain) == list(range(len(LENGTHS)))
+    for number, answer in again.items():
+        assert answer.token_ids == plain[number].token_ids
+        assert [t.position for t in answer.triggers] == [t.position for t in plain[number].triggers]
+        assert answer.triggers and answer.positions_encoded == plain[number].positions_encoded
