@@ -5,9 +5,16 @@ The reference is always transformers' own model on the whole sequence of one row
 
 from __future__ import annotations
 
+import functools
+import math
+
 import pytest
 import torch
 from scipy.stats import entropy as scipy_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from flashmem import attention, masks
 from flashmem import backbone as backbone_module
@@ -15,7 +22,14 @@ from flashmem.backbone import Backbone
 from flashmem.monitor import attention_rows, monitored_attention, row_entropy
 from flashmem.slots import Slots
 from flashmem.state import DecodeState
-from tests.flashmem.conftest import make_backbone, prompts_of, reference_model
+from tests.flashmem.conftest import (
+    FAMILY_SETTINGS,
+    SMALL,
+    make_backbone,
+    make_tokenizer,
+    prompts_of,
+    reference_model,
+)
 
 CPU = torch.device("cpu")
 
@@ -299,3 +313,121 @@ def test_where_no_mask_is_needed_none_is_made() -> None:
         assert attention.is_plain(masks.pass_mask(slots, width, None, CPU, torch.float32))
         assert attention.is_plain(masks.pass_mask(slots, width, slots.end, CPU, torch.float32))
         assert not attention.is_plain(masks.pass_mask(slots, width, slots.end - 1, CPU, torch.float32))
+
+
+class Made(TorchDispatchMode):
+    """Sees every tensor that is made: its shape, and how many bytes are held at once.
+
+    Only memory of its own counts, no view. In inference mode torch would hide what is made inside its own functions.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[str, tuple[int, ...]]] = set()
+        self.held, self.now, self.peak = WeakIdKeyDictionary(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage().data_ptr() for leaf in _tensors((args, kwargs))}
+        for leaf in _tensors(result):
+            storage = leaf.untyped_storage()
+            if storage.data_ptr() not in given and storage not in self.held:
+                self.shapes.add((str(func), tuple(leaf.shape)))
+                self.held[storage] = storage.nbytes()
+        self.now = sum(self.held.values())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def largest(self) -> int:
+        return max(math.prod(shape) for _, shape in self.shapes)
+
+
+def _tensors(tree) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+@functools.cache
+def _long_model(family: str):
+    torch.manual_seed(7)
+    settings = {**SMALL, **FAMILY_SETTINGS[family], "max_position_embeddings": 4096}
+    # The pattern of Gemma 3 once: the last layer slides, the one before it does not.
+    settings["num_hidden_layers"] = min(settings["num_hidden_layers"], 7)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), dtype=torch.float32).eval()
+
+
+def _long_backbone(family: str, monkeypatch: pytest.MonkeyPatch, chunk: int) -> Backbone:
+    backbone = Backbone("long", _long_model(family), make_tokenizer())
+    backbone.chunk = chunk
+    monkeypatch.setattr(backbone_module, "_LEAST_CHUNK", 1)
+    backbone.observe(True)
+    return backbone
+
+
+CHUNK = 80
+LONG = (640, 1600)
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("family_name", ["qwen2", "mistral", "gemma3_text"])
+@torch.no_grad()
+def test_the_memory_of_a_prefill_grows_by_its_cache_and_one_mask(
+    family_name: str, rows: int, uneven: bool, monkeypatch
+) -> None:
+    backbone, beside = _long_backbone(family_name, monkeypatch, CHUNK * rows), {}
+    for length in LONG:
+        state = backbone.prefill([[5 + row] * (9 * row + 1 if uneven else 1) for row in range(rows)], room=length)
+        with Made() as made:
+            backbone.append(state, prompts_of(*[length - 3 * row for row in range(rows)]))
+        beside[length] = made.peak
+        for name, shape in made.shapes:
+            # Only rows of masks and scores are as long as the prompt, at most a chunk of them: it is never embedded,
+            # copied or turned into logits as a whole.
+            long = max(shape, default=0) >= length - 100
+            assert not long or (shape[-1] == max(shape) and math.prod(shape[:-1]) <= rows * CHUNK), (name, shape)
+            assert shape[-1:] != (backbone.config.vocab_size,) or math.prod(shape) == rows * shape[-1], (name, shape)
+    # A mask of one byte for layers of each kind, and one of four that torch makes of it for a layer at a time.
+    mask_bytes = (rows if uneven else 1) * CHUNK * (4 * len(set(backbone.layer_types)) + 4)
+    assert beside[LONG[1]] - beside[LONG[0]] <= (mask_bytes + 16) * (LONG[1] - LONG[0])
+
+
+@torch.no_grad()
+def test_a_prompt_that_is_one_pass_makes_no_mask(monkeypatch) -> None:
+    backbone = _long_backbone("qwen2", monkeypatch, 4096)
+    with Made() as made:
+        backbone.prefill(prompts_of(700))
+    assert not any(shape[-2:] == (700, 700) for _, shape in made.shapes)
+    # The longest that there is: one pass of the feed-forward layer.
+    assert made.largest() == 700 * backbone.config.intermediate_size
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("lengths", [(900, 900, 900), (900, 500, 700), (900,)])
+@pytest.mark.parametrize("family_name", ["qwen2", "mistral", "gemma2", "gemma3_text"])
+@torch.no_grad()
+def test_a_step_makes_nothing_of_the_size_of_the_cache(family_name: str, lengths, watched: bool, monkeypatch) -> None:
+    """No copy to grow it, none to repeat grouped heads, none to make it contiguous."""
+    backbone = _long_backbone(family_name, monkeypatch, 2048)
+    state = backbone.prefill(prompts_of(*lengths), room=10)
+    backbone.inject(state, torch.randn(len(lengths), 2, 32), [True] + [False] * (len(lengths) - 1))
+    backbone.observe(watched)
+    one_head = len(lengths) * 900 * 8
+    with Made() as made:
+        for stepping in ([True] * len(lengths), [True] * (len(lengths) - 1) + [False]):
+            backbone.step(state, torch.tensor([5] * len(lengths)), stepping)
+    for name, shape in made.shapes:
+        # A row of scores has one number a head, where the cache has 8.
+        assert math.prod(shape) < one_head, (name, shape)
+
+
+@torch.no_grad()
+def test_memories_are_written_over_a_view_of_the_cache(monkeypatch) -> None:
+    """Neighbours that take a memory together copy nothing of their history."""
+    backbone = _long_backbone("qwen2", monkeypatch, 2048)
+    state = backbone.prefill(prompts_of(900, 700, 800, 600), room=10)
+    with Made() as made:
+        part = state.rows([1, 2])
+        since = list(part.lengths)
+        backbone.inject(part, torch.randn(2, 4, 32))
+        state.put([1, 2], part, since)
+    assert made.largest() < 2 * 900 * 8 and state.lengths == [900, 704, 804, 600]
