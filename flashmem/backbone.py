@@ -271,15 +271,10 @@ class Backbone:
         groups = [list(range(len(rows)))] if torch.is_grad_enabled() else _alike([len(row) for row in rows])
         for group in groups:
             part, since = state.rows(group), [state.lengths[row] for row in group]
-            part.cache.reserve(max(n + len(rows[row]) for n, row in zip(since, group, strict=True)))
             width = max(len(rows[row]) for row in group)
-            size = self._chunk_width(len(group), width)
-            # Embedded a chunk at a time too: all of a long prompt would be as large as a part of its cache.
-            for start in range(0, width, size):
-                pieces = [rows[row][start : start + size] for row in group]
-                longest = max(map(len, pieces))
-                ids = torch.tensor([piece + [0] * (longest - len(piece)) for piece in pieces], device=self.device)
-                self.read(part, self.embed(ids), [len(piece) for piece in pieces])
+            padded = [rows[row] + [0] * (width - len(rows[row])) for row in group]
+            ids = torch.tensor(padded, dtype=torch.long, device=self.device)
+            self.read(part, ids, [len(rows[row]) for row in group])
             state.put(group, part, since)
 
     def inject(self, state: DecodeState, memory: Tensor, rows: Sequence[bool] | None = None) -> None:
@@ -310,26 +305,23 @@ class Backbone:
 
         Args:
             state: rows without a new position stay as they are.
-            embeds: `[B, Q, d]` input embeddings.
+            embeds: `[B, Q, d]` input embeddings, or `[B, Q]` token ids, which are embedded a chunk at a time: all of a
+                long prompt would be as large as a part of its cache.
             counts: how many of the Q positions each row takes.
             latents: `[B, Q]` True where a position holds a latent; None is none.
             predict: make the logits of each row's newest position, and not only its hidden state.
         """
         width = embeds.shape[1]
-        size = self._chunk_width(embeds.shape[0], width)
+        size = max(1, width) if self.chunk is None else max(_LEAST_CHUNK, self.chunk // embeds.shape[0])
         state.cache.reserve(max(n + count for n, count in zip(state.lengths, counts, strict=True)))
         for start in range(0, width, size):
             piece = embeds[:, start : start + size]
             here = [min(max(count - start, 0), piece.shape[1]) for count in counts]
             ended = [0 < count - start <= piece.shape[1] for count in counts]
             marks = None if latents is None else latents[:, start : start + size]
-            last, entropy = self._read_piece(state, piece, here, marks)
+            last, entropy = self._read_piece(state, self.embed(piece) if piece.dim() == 2 else piece, here, marks)
             if any(ended):
                 self._settle(state, last, entropy, None if all(ended) else ended, predict)
-
-    def _chunk_width(self, rows: int, width: int) -> int:
-        """Positions a row that go through the model at once."""
-        return max(1, width) if self.chunk is None else max(_LEAST_CHUNK, self.chunk // rows)
 
     def _read_piece(
         self, state: DecodeState, embeds: Tensor, counts: list[int], latents: Tensor | None

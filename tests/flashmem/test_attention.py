@@ -392,6 +392,20 @@ def test_the_memory_of_a_prefill_grows_by_its_cache_and_one_mask(
 
 
 @torch.no_grad()
+def test_each_row_is_judged_once_however_many_chunks_it_takes(monkeypatch) -> None:
+    """The LM head is as large as several layers: it runs where a row ends and nowhere else."""
+    backbone, judged = _long_backbone("qwen2", monkeypatch, 3 * CHUNK), []
+    plain = backbone.logits
+    backbone.logits = lambda hidden: judged.append(hidden.shape) or plain(hidden)
+    backbone.prefill(prompts_of(700, 500, 690))
+    # Rows 1 and 2 end in chunks of their own.
+    assert judged == [(3, 32)] * 2
+    backbone.chunk = CHUNK
+    backbone.prefill(prompts_of(700))
+    assert judged[2:] == [(1, 32)]
+
+
+@torch.no_grad()
 def test_a_prompt_that_is_one_pass_makes_no_mask(monkeypatch) -> None:
     backbone = _long_backbone("qwen2", monkeypatch, 4096)
     with Made() as made:

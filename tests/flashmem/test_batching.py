@@ -387,3 +387,15 @@ def test_batch_sizes_that_mean_nothing_are_refused(backbone) -> None:
         run(backbone, None, [TriggerConfig(kind="never")] * 3, 2)
     with pytest.raises(ConfigError, match="of one kind"):
         run(backbone, None, [TriggerConfig(kind="never")] * 6 + [TriggerConfig(kind="always")], 2)
+
+
+@pytest.mark.parametrize("source", [*SOURCES])
+def test_chunks_change_nothing_in_any_source(source: str, backbone, monkeypatch) -> None:
+    """What is encoded again, by whomever, is cut as prompts are; latents keep their places."""
+    memory, trigger = memory_of(source, backbone), TriggerConfig(**TRIGGERS["random"])
+    whole = run(backbone, memory, trigger, 3)
+    monkeypatch.setattr("flashmem.backbone._LEAST_CHUNK", 1)
+    for model in (backbone, *getattr(memory, "weaver", ()), *getattr(memory, "encoder", ())):
+        model.chunk = 20
+    for one, other in zip(run(backbone, memory, trigger, 3), whole, strict=True):
+        same(one, other)
