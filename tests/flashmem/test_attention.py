@@ -386,7 +386,7 @@ def test_the_memory_of_a_prefill_grows_by_its_cache_and_one_mask(
             long = max(shape, default=0) >= length - 100
             assert not long or (shape[-1] == max(shape) and math.prod(shape[:-1]) <= rows * CHUNK), (name, shape)
             assert shape[-1:] != (backbone.config.vocab_size,) or math.prod(shape) == rows * shape[-1], (name, shape)
-    # A mask of one byte for layers of each kind, and one of four that torch makes of it for a layer at a time.
+    # A mask of four bytes for layers of each kind, and what it is made of.
     mask_bytes = (rows if uneven else 1) * CHUNK * (4 * len(set(backbone.layer_types)) + 4)
     assert beside[LONG[1]] - beside[LONG[0]] <= (mask_bytes + 16) * (LONG[1] - LONG[0])
 
