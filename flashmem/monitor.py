@@ -114,7 +114,9 @@ def row_entropy(
     shift = scores.amax(-1) - weights.amax(-1).log()
     x, p = scores[..., sinks:], weights[..., sinks:]
     if latents is not None:
-        p = p.masked_fill(latents[:, None, None, None, sinks : weights.shape[-1]].to(p.device), 0.0)
+        # A product, since filling under a mask takes three times as long on a CPU.
+        kept = (~latents[:, sinks : weights.shape[-1]]).to(p.device, p.dtype)
+        p = p * kept[:, None, None, None]
     mass = p.sum(-1)
     # Below it a share of the rest has too few digits left, or none.
     some = mass.clamp_min(_LEAST_MASS)

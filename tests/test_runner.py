@@ -338,3 +338,12 @@ def test_cuda_clock_pairs_events_and_reads_them_once(monkeypatch):
         assert timing.monitor_ms == 9.0 and clock.phase_ms("step") == 9.0 and timing.prefill_ms == 0.0
         assert calls == ["sync"]
     assert clock.pool_misses == 1
+    # What is recorded in the middle of a phase is not in it, nor in the token's time.
+    clock.start()
+    with clock.phase("step"):
+        now[0] += 1.0
+        with clock.paused():
+            now[0] += 500.0
+        now[0] += 2.0
+    calls.clear()
+    assert clock.phase_ms("step") == 2.0 and calls == ["sync"]
