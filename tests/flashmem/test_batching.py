@@ -399,3 +399,22 @@ def test_chunks_change_nothing_in_any_source(source: str, backbone, monkeypatch)
         model.chunk = 20
     for one, other in zip(run(backbone, memory, trigger, 3), whole, strict=True):
         same(one, other)
+
+
+@pytest.mark.parametrize("size", [4, len(PROMPTS)])
+def test_rows_that_left_cost_nothing_any_more(size: int, backbone, monkeypatch) -> None:
+    """Nobody waits for their seats: they hold nothing, and half a batch goes on as a smaller one."""
+    seen, step = [], Backbone.step
+
+    def watched(self, state, tokens, rows=None):
+        seen.append((state.batch_size, [row for row, n in enumerate(state.lengths) if n]))
+        step(self, state, tokens, rows)
+
+    monkeypatch.setattr(Backbone, "step", watched)
+    lengths = [one.output_tokens for one in run(backbone, None, None, size)]
+    for at, (seats, held) in enumerate(seen, 1):
+        if size == len(PROMPTS):
+            # Of all that began, those that have a token to come after this one.
+            assert len(held) == sum(length > at for length in lengths)
+        assert seats == len(held) or seats < 2 * len(held)
+    assert seen[0][0] == size and seen[-1] == (1, [0])
