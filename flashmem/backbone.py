@@ -67,8 +67,9 @@ class Backbone:
         self._collected: list[Tensor] | None = None
         self._fingerprint: str | None = None
         self._mask_kinds = sorted(set(self.layer_types))
-        # Asked for in every step, and the model looks for it among all its parameters.
-        self._device, self._dtype = self.model.device, self.model.dtype
+        # Where the weights are and of what type is asked for in every step, and the model looks among all of them; this
+        # one is moved and converted with the others.
+        self._weight = next(it for it in self.model.parameters() if it.is_floating_point())
         self.observe(False)
 
     @classmethod
@@ -111,12 +112,12 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self._device
+        return self._weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
-        return self._dtype
+        return self._weight.dtype
 
     @property
     def hidden_size(self) -> int:
