@@ -52,7 +52,7 @@ class Row:
     trigger: TriggerConfig
     gate: Gate
     result: Generation
-    sample: SampleContext | None
+    sample: SampleContext
     stream: torch.Generator | None
     tail: str = ""
     token: int | None = None
@@ -94,14 +94,16 @@ class DecodeLoop:
         self.watch_output = trace or self.kind == "output-entropy"
         self.watch_attention = trace or self.kind != "never"
         seeds = _seeds(seed, len(prompts)) if self.plan.do_sample else None
+        # Nameless samples go by their number, whatever row they come to sit in.
+        names = samples or [SampleContext(str(number)) for number in range(len(prompts))]
         self.waiting = deque(
             Row(
                 number,
                 prompt,
                 triggers[number],
-                build_gate(triggers[number], samples[number].sample_id if samples else str(number)),
+                build_gate(triggers[number], names[number].sample_id),
                 Generation(prompt_tokens=len(prompt)),
-                samples[number] if samples else None,
+                names[number],
                 stream_of(*seeds[number], backbone.device) if seeds else None,
             )
             for number, prompt in enumerate(prompts)
@@ -286,10 +288,10 @@ class DecodeLoop:
         rows = [row for seat in chosen if (row := self.seats[seat]) is not None]
         part = state.rows(chosen)
         with self.clock.phase("consolidate"):
-            samples = [row.sample for row in rows if row.sample is not None]
+            samples = [row.sample for row in rows]
             emitted = [row.result.output_tokens for row in rows]
             counts = [row.gate.injections - 1 for row in rows]
-            latents = self.memory(MemoryContext(self.backbone, part, counts, samples or None, emitted))
+            latents = self.memory(MemoryContext(self.backbone, part, counts, samples, emitted))
         for nth, (seat, row) in enumerate(zip(chosen, rows, strict=True)):
             self._note(row, latents[nth], entropies[seat], outputs[seat])
         if self.recorder is not None:
