@@ -53,7 +53,7 @@ class Row:
     trigger: TriggerConfig
     gate: Gate
     result: Generation
-    sample: SampleContext | None
+    sample: SampleContext
     stream: torch.Generator | None
     tail: str = ""
     token: int | None = None
@@ -139,8 +139,10 @@ class DecodeLoop:
         sample: SampleContext | None,
         stream: torch.Generator | None,
     ) -> Row:
-        gate = build_gate(trigger, sample.sample_id if sample is not None else str(number))
-        return Row(number, prompt, trigger, gate, Generation(prompt_tokens=len(prompt)), sample, stream)
+        # A nameless sample goes by its number, whatever row it comes to sit in.
+        who = sample or SampleContext(str(number))
+        gate = build_gate(trigger, who.sample_id)
+        return Row(number, prompt, trigger, gate, Generation(prompt_tokens=len(prompt)), who, stream)
 
     def run(self) -> Iterator[tuple[int, Generation]]:
         """Yield the number and the record of each sample when it has its last token."""
@@ -319,10 +321,10 @@ class DecodeLoop:
         rows = [row for seat in chosen if (row := self.seats[seat]) is not None]
         part = state.rows(chosen)
         with self.clock.phase("consolidate"):
-            samples = [row.sample for row in rows if row.sample is not None]
+            samples = [row.sample for row in rows]
             emitted = [row.result.output_tokens for row in rows]
             counts = [row.gate.injections - 1 for row in rows]
-            context = MemoryContext(self.backbone, part, counts, samples or None, emitted)
+            context = MemoryContext(self.backbone, part, counts, samples, emitted)
             latents = self.engine.write(self.memory, context, state, chosen)
         for nth, (seat, row) in enumerate(zip(chosen, rows, strict=True)):
             self._note(row, latents[nth], entropies[seat], outputs[seat])

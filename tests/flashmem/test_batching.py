@@ -148,6 +148,12 @@ def test_every_batch_size_writes_what_batch_size_one_writes(source: str, trigger
     assert (trigger == "never") == (moments == {()})
 
 
+def test_samples_without_names_keep_their_own_numbers(backbone) -> None:
+    """What a placebo draws belongs to the sample and not to the row that it sits in."""
+    memory = memory_of("placebo", backbone)
+    check_sizes(backbone, memory, TriggerConfig(**TRIGGERS["random"]), samples=None)
+
+
 def test_rows_are_replaced_in_every_family(family: str) -> None:
     backbone = make_backbone(family)
     memory = memory_of("consolidator", backbone)
@@ -212,7 +218,7 @@ def test_a_row_draws_in_a_batch_what_it_draws_alone(drawn: str, backbone) -> Non
     seeds, memory = [11, 5, 11, 3, 2**40, 7, 8], memory_of("consolidator", backbone)
     trigger = TriggerConfig(**TRIGGERS["random"])
     alone = check_sizes(backbone, memory, trigger, generation_config=config, seed=seeds)
-    check_sizes(backbone, memory, trigger, generation_config=config, seed=4)
+    check_sizes(backbone, memory, trigger, sizes=(3,), generation_config=config, seed=4)
     for nth, prompt in enumerate(PROMPTS):
         more = dict(memory=memory, trigger=trigger, generation_config=config, keep_memories=True)
         (own,) = generate(backbone, [prompt], samples=[SAMPLES[nth]], seed=[seeds[nth]], **more)
@@ -399,3 +405,40 @@ def test_chunks_change_nothing_in_any_source(source: str, backbone, monkeypatch)
         model.chunk = 20
     for one, other in zip(run(backbone, memory, trigger, 3), whole, strict=True):
         same(one, other)
+
+
+@pytest.mark.parametrize("size", [4, len(PROMPTS)])
+def test_rows_that_left_cost_nothing_any_more(size: int, backbone, monkeypatch) -> None:
+    """Nobody waits for their seats: they hold nothing, and half a batch goes on as a smaller one."""
+    seen, step = [], Backbone.step
+
+    def watched(self, state, tokens, rows=None):
+        seen.append((state.batch_size, [row for row, n in enumerate(state.lengths) if n]))
+        step(self, state, tokens, rows)
+
+    monkeypatch.setattr(Backbone, "step", watched)
+    lengths = [one.output_tokens for one in run(backbone, None, None, size)]
+    for at, (seats, held) in enumerate(seen, 1):
+        if size == len(PROMPTS):
+            # Of all that began, those that have a token to come after this one.
+            assert len(held) == sum(length > at for length in lengths)
+        assert seats == len(held) or seats < 2 * len(held)
+    assert seen[0][0] == size and seen[-1] == (1, [0])
+
+
+def test_shorter_histories_are_filled_up_with_nothing_that_counts(backbone) -> None:
+    """A penalty below one rewards what was said before, so that any token too many would be chosen at once."""
+    config = GenerationConfig(max_new_tokens=12, do_sample=False, repetition_penalty=0.1, eos_token_id=-1)
+    alone = [run_one.token_ids for run_one in run(backbone, None, None, 1, generation_config=config)]
+    for size in SIZES:
+        assert [one.token_ids for one in run(backbone, None, None, size, generation_config=config)] == alone
+    assert all(set(ids) <= {*prompt, *ids[:1]} for prompt, ids in zip(PROMPTS, alone, strict=True))
+
+
+def test_one_seed_makes_a_stream_of_its_own_for_each_row(backbone) -> None:
+    config = GenerationConfig(max_new_tokens=12, do_sample=True, temperature=2.0, eos_token_id=-1)
+    for size in (1, 2, 3):
+        again = generate(backbone, [PROMPTS[0]] * 3, generation_config=config, seed=3, batch_size=size)
+        assert len({tuple(one.token_ids) for one in again}) == 3
+    own = generate(backbone, [PROMPTS[0]] * 3, generation_config=config, seed=[3, 3, 3], batch_size=2)
+    assert {tuple(one.token_ids) for one in own} == {tuple(again[0].token_ids)}
