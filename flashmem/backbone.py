@@ -70,6 +70,9 @@ class Backbone:
         self._collected: list[Tensor] | None = None
         self._fingerprint: str | None = None
         self._mask_kinds = sorted(set(self.layer_types))
+        # Where the weights are and of what type is asked for in every step, and the model looks among all of them; this
+        # one is moved and converted with the others.
+        self._weight = next(it for it in self.model.parameters() if it.is_floating_point())
         self.execution = "eager"
         self.observe(False)
 
@@ -127,13 +130,12 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        # Asked for in every step; the model itself would look for it among all its parameters.
-        return self.model.get_input_embeddings().weight.device
+        return self._weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
-        return self.model.get_input_embeddings().weight.dtype
+        return self._weight.dtype
 
     @property
     def hidden_size(self) -> int:
