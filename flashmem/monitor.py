@@ -85,22 +85,25 @@ class AttentionTap:
     clock: Any = field(default=None, repr=False)
     kept: list[Tensor] | None = field(default=None, repr=False)
 
-    def observe(self, weights: Tensor) -> None:
+    def observe(self, scores: Tensor, weights: Tensor) -> None:
         """Reduce attention rows `[B, G, R, rows, T]` to entropies `[B, rows]`."""
         with self.clock.phase("monitor") if self.clock is not None else nullcontext():
             self.entropy = row_entropy(
-                weights.detach(), sinks=self.sinks, latents=self.latents, normalise=self.normalise
+                scores.detach(), weights.detach(), sinks=self.sinks, latents=self.latents, normalise=self.normalise
             )
 
 
-def row_entropy(weights: Tensor, *, sinks: int = 0, latents: Tensor | None = None, normalise: bool = False) -> Tensor:
+def row_entropy(
+    scores: Tensor, weights: Tensor, *, sinks: int = 0, latents: Tensor | None = None, normalise: bool = False
+) -> Tensor:
     """Entropy of attention rows after some keys are removed (paper Eq. 3-4).
 
-    With p the row after removal and s its sum, `-sum (p/s) log (p/s) = log s - (1/s) sum p log p`: no second normalised
-    row is ever stored.
+    With p = exp(x - c) the row after removal and s its sum, `-sum (p/s) log (p/s) = log s + c - (1/s) sum p x`: two
+    sums over the row, no logarithm of it and no second normalised row. c is known from any one key, here the largest.
 
     Args:
-        weights: `[B, G, R, Q, T]` attention probabilities (G KV heads, R query heads each), float32.
+        scores: x, `[B, G, R, Q, T]` before the softmax (G KV heads, R query heads each); finite where masked.
+        weights: p, their softmax.
         sinks: how many of the first keys are removed.
         latents: `[B, T]` or longer, True where a key is removed, or None.
         normalise: divide by the logarithm of the number of keys that are left.
@@ -108,7 +111,8 @@ def row_entropy(weights: Tensor, *, sinks: int = 0, latents: Tensor | None = Non
     Returns:
         `[B, Q]` nats, float32; 0 where nothing is left of a row.
     """
-    p = weights[..., sinks:]
+    peak, top = scores.amax(-1), weights.amax(-1)
+    x, p = scores[..., sinks:], weights[..., sinks:]
     if latents is not None:
         # A product, since filling under a mask takes three times as long on a CPU.
         kept = (~latents[:, sinks : weights.shape[-1]]).to(p.device, p.dtype)
@@ -116,17 +120,17 @@ def row_entropy(weights: Tensor, *, sinks: int = 0, latents: Tensor | None = Non
     mass = p.sum(-1)
     # Below it a share of the rest has too few digits left, or none.
     some = mass.clamp_min(_LEAST_MASS)
-    entropy = torch.where(mass > _LEAST_MASS, some.log() + torch.special.entr(p).sum(-1) / some, 0.0)
-    entropy = entropy.mean(dim=(1, 2)).clamp_min(0.0)
+    entropy = torch.where(mass > _LEAST_MASS, peak + (some / top).log() - torch.linalg.vecdot(p, x) / some, 0.0)
+    entropy = entropy.clamp_min(0.0).mean(dim=(1, 2))
     if normalise:
         entropy = entropy / (p > 0).any(dim=2).any(dim=1).sum(-1).clamp_min(2).log()
     return entropy
 
 
-def attention_rows(
+def attention_scores(
     query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None
 ) -> Tensor:
-    """Attention probabilities of a few queries, K never repeated for grouped heads.
+    """Scaled scores of a few queries, K never repeated for grouped heads.
 
     Args:
         query: `[B, H, Q, d_h]`.
@@ -136,7 +140,7 @@ def attention_rows(
         softcap: Gemma 2's cap on the scores, or None.
 
     Returns:
-        `[B, G, H / G, Q, T]` in float32.
+        `[B, G, H / G, Q, T]` in float32; what is masked is the smallest number, not infinite.
     """
     batch, heads, rows, _ = query.shape
     groups = key.shape[1]
@@ -150,7 +154,14 @@ def attention_rows(
     if mask is not None:
         mask = mask[..., : scores.shape[-1]].unsqueeze(2)
         scores = scores.masked_fill(~mask, _LEAST) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1)
+    return scores
+
+
+def attention_rows(
+    query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """Attention probabilities of a few queries, `[B, G, H / G, Q, T]` in float32; see `attention_scores`."""
+    return attention_scores(query, key, mask, scaling, softcap).softmax(-1)
 
 
 def _apply(weights: Tensor, value: Tensor) -> Tensor:
@@ -218,11 +229,12 @@ def monitored_attention(
         row = attention_rows(query[:, :, -1:].float(), key.float(), mask, scale, softcap)
         tap.kept.append(row.mean(dim=(1, 2))[:, 0])
     if query.shape[2] == 1 and (rows or softcap is not None):
-        weights = attention_rows(query, key, _mask_of(attention_mask, query, key, 1, None), scale, softcap)
+        scores = attention_scores(query, key, _mask_of(attention_mask, query, key, 1, None), scale, softcap)
+        weights = scores.softmax(-1)
         output = _apply(weights, value)
         if rows:
             assert tap is not None
-            tap.observe(weights)
+            tap.observe(scores, weights)
         return output, None
     if softcap is not None:
         mask = _mask_of(attention_mask, query, key, query.shape[2], None)
@@ -232,7 +244,8 @@ def monitored_attention(
     if rows:
         assert tap is not None
         mask = _mask_of(attention_mask, query, key, rows, tap.at)
-        tap.observe(attention_rows(_observed(query, rows, tap.at), key, mask, scale, softcap))
+        scores = attention_scores(_observed(query, rows, tap.at), key, mask, scale, softcap)
+        tap.observe(scores, scores.softmax(-1))
     return output, None
 
 

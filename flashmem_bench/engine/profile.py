@@ -72,9 +72,7 @@ def _usual_step(setting: Setting, state: DecodeState) -> float:
 
 
 def _step(setting: Setting, state: DecodeState) -> None:
-    import torch
-
-    setting.backbone.step(state, torch.zeros(1, dtype=torch.long, device=setting.backbone.device))
+    setting.backbone.engine.step(state, [0], [True])
 
 
 def _profiled(setting: Setting, state: DecodeState) -> list[tuple[str, float, float]]:

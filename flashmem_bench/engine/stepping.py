@@ -65,14 +65,16 @@ def _blocks(setting: Setting, base: DecodeState, on: bool) -> Any:
 
 def _steps(setting: Setting, base: DecodeState, on: bool) -> tuple[float, Tensor, Tensor]:
     """Run a block on a fork; returns the median seconds of its timed steps, and the last logits and entropy."""
-    import torch
-
     backbone = setting.backbone
     backbone.observe(on)
-    state, token = base.fork(), torch.zeros(base.batch_size, dtype=torch.long, device=backbone.device)
+    state, rows = base.fork(), base.batch_size
+
+    def step() -> None:
+        backbone.engine.step(state, [0] * rows, [True] * rows)
+
     for _ in range(UNTIMED):
-        backbone.step(state, token)
-    times = [timed(backbone, lambda: backbone.step(state, token))[0] for _ in range(STEPS)]
+        step()
+    times = [timed(backbone, step)[0] for _ in range(STEPS)]
     return statistics.median(times), state.logits.clone(), state.entropy.clone()
 
 

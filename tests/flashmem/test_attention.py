@@ -263,16 +263,20 @@ def test_the_observed_query_may_be_another_one_in_each_row(at: list[int], masked
     tap = backbone_module.monitoring.attach(layer)
     tap.at = torch.tensor(at)
     monitored_attention(layer, query, key, value, mask if masked else attention.plain(CPU), scaling=0.3)
-    whole = row_entropy(attention_rows(query, key, mask, 0.3))
+    whole = row_entropy(*(lambda x: (x, x.softmax(-1)))(_scores(query, key, mask)))
     assert tap.entropy.shape == (2, 1)
     torch.testing.assert_close(tap.entropy[:, 0], whole[torch.arange(2), torch.tensor(at)])
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return backbone_module.monitoring.attention_scores(query, key, mask, 0.3)
 
 
 def test_a_row_of_which_the_sinks_hold_almost_everything_has_a_true_entropy() -> None:
     """The rest is renormalised, however little it is; nothing at all is no entropy."""
     for sink in (0.0, 20.0, 60.0, 85.0, 200.0):
         scores = torch.tensor([sink, 1.0, 2.0, 0.5]).view(1, 1, 1, 1, 4) + 30
-        found = float(row_entropy(scores.softmax(-1), sinks=1))
+        found = float(row_entropy(scores, scores.softmax(-1), sinks=1))
         true = torch.distributions.Categorical(logits=torch.tensor([1.0, 2.0, 0.5])).entropy()
         assert found == pytest.approx(float(true), abs=1e-4) or (sink > 60 and found == 0.0)
 

@@ -113,7 +113,7 @@ def test_prefill_rows_equal_the_rows_of_single_steps(backbone) -> None:
 
 def test_uniform_and_peaked_rows() -> None:
     def entropy(scores: torch.Tensor, **options: object) -> float:
-        return float(row_entropy(scores.softmax(-1), **options))
+        return float(row_entropy(scores, scores.softmax(-1), **options))
 
     uniform = torch.full((1, 2, 1, 1, 10), 3.0)
     assert entropy(uniform) == pytest.approx(math.log(10), abs=1e-6)
@@ -135,7 +135,7 @@ def test_a_sink_that_takes_almost_everything_costs_no_digits() -> None:
     scores[..., 0] = 25.0
     left = scores[..., 4:].double().softmax(-1)
     wanted = scipy_entropy(left.numpy(), axis=-1).mean()
-    assert float(row_entropy(scores.softmax(-1), sinks=4)) == pytest.approx(wanted, abs=2e-5)
+    assert float(row_entropy(scores, scores.softmax(-1), sinks=4)) == pytest.approx(wanted, abs=2e-5)
 
 
 def test_settings_change_what_is_counted(backbone) -> None:
