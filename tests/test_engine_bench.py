@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from flashmem.errors import ConfigError
 from flashmem.generation import generate
 from flashmem.memory import MemoryConfig, new_memory
 from flashmem.trigger import TriggerConfig
@@ -206,25 +207,15 @@ def test_decode_seconds_of_generate_begin_with_the_first_token(smoke: Setting) -
     assert found["tokens"] == 4 and found["seconds"] > 0
 
 
-def test_execution_is_set_where_the_backbone_has_it() -> None:
-    class Graphs:
-        execution = "eager"
-
-    class Eager:
-        pass
-
-    able: Any = Graphs()
-    set_execution(able, "graph")
-    assert able.execution == "graph"
-    unable: Any = Eager()
-    set_execution(unable, "eager")
-    with pytest.raises(UsageError, match="runs eagerly only"):
-        set_execution(unable, "graph")
+def test_an_execution_that_is_not_there_is_refused(smoke: Setting) -> None:
+    with pytest.raises(ConfigError, match="graph needs a CUDA device"):
+        set_execution(smoke.backbone, "graph")
     with pytest.raises(UsageError, match="eager, compile, graph"):
-        set_execution(able, "fast")
+        set_execution(smoke.backbone, "fast")
+    assert smoke.backbone.execution == "eager"
 
 
-@pytest.mark.parametrize(("execution", "column"), [(None, "eager"), ("graph", "graph")])
+@pytest.mark.parametrize(("execution", "column"), [(None, "eager"), ("compile", "compile")])
 def test_a_latency_row_says_how_the_backbone_was_executed(execution: str | None, column: str) -> None:
     backbone, protocol = random_backbone("smoke", "cpu", "float32"), Protocol(cycles=1, cycle_text=2)
     arm = new_arm("vanilla", backbone, protocol)

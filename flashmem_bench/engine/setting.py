@@ -67,21 +67,19 @@ class Setting:
 
 def execution_of(backbone: Backbone) -> str:
     """Return how a backbone is executed."""
-    return str(getattr(backbone, "execution", "eager"))
+    return backbone.execution
 
 
 def set_execution(backbone: Backbone, value: str) -> None:
     """Have a backbone executed in one of the ways.
 
     Raises:
-        UsageError: There is no such way, or this backbone does not have it.
+        UsageError: There is no such way.
+        ConfigError: The device does not have it.
     """
     if value not in EXECUTIONS:
         raise UsageError(f"--exec is one of {', '.join(EXECUTIONS)}, not {value!r}")
-    if hasattr(backbone, "execution"):
-        backbone.execution = value
-    elif value != "eager":
-        raise UsageError(f"this backbone runs eagerly only; leave out --exec {value}")
+    backbone.execution = value
 
 
 def clean_model(setting: Setting) -> Any:

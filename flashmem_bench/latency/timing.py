@@ -93,7 +93,7 @@ def row_of(
         "device": backbone.device.type,
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "batch_size": arm.rows,
-        "exec": getattr(backbone, "execution", "eager"),
+        "exec": backbone.execution,
         "protocol": protocol.name,
         "context": context,
         "run": number,
