@@ -221,6 +221,8 @@ class StaticEngine(Engine):
         if self._buffers is None or not self._buffers.shares(cache):
             self._passes.clear()
             self._buffers = cache.alias()
+        else:
+            self._buffers.hand_marks(cache, self._user())
         self._user = weakref.ref(cache)
 
     def _play(self, state: DecodeState, seats: _Seats, width: int, name: tuple[Any, ...], run: Pass) -> None:

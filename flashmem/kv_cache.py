@@ -156,9 +156,22 @@ class RaggedCache(Cache):
         return other
 
     def shares(self, other: RaggedCache) -> bool:
-        """Whether both have the very same buffers."""
+        """Whether both have the very same buffers; marks, which every fork has for itself, only need the same size."""
         mine, theirs = list(self._buffers()), list(other._buffers())
-        return len(mine) == len(theirs) and all(_same(a, b, 0) for a, b in zip(mine, theirs, strict=True))
+        if len(mine) != len(theirs) or self.marks is None or other.marks is None:
+            return False
+        alike = self.marks.capacity == other.marks.capacity
+        return alike and all(a is self.marks or _same(a, b, 0) for a, b in zip(mine, theirs, strict=True))
+
+    def hand_marks(self, other: RaggedCache, before: RaggedCache | None) -> None:
+        """Have another cache keep its marks in this one's buffer, which `before` kept its own in."""
+        assert self.marks is not None and self.marks.data is not None and other.marks is not None
+        if other.marks.data is None or _same(self.marks, other.marks, 0):
+            return
+        if before is not None and before is not other and before.marks is not None:
+            before.crop(list(before.lengths))
+        self.marks.data.copy_(other.marks.data)
+        other.marks = SlotBuffer(1, self.marks.data)
 
     def alike(self, other: RaggedCache) -> bool:
         """Whether another cache has layers and kept inputs as this one has."""

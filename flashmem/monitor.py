@@ -118,10 +118,9 @@ def row_entropy(
         kept = (~latents[:, sinks : weights.shape[-1]]).to(p.device, p.dtype)
         p = p * kept[:, None, None, None]
     mass = p.sum(-1)
-    # Below it a share of the rest has too few digits left, or none.
-    some = mass.clamp_min(_LEAST_MASS)
-    entropy = torch.where(mass > _LEAST_MASS, peak + (some / top).log() - torch.linalg.vecdot(p, x) / some, 0.0)
-    entropy = entropy.clamp_min(0.0).mean(dim=(1, 2))
+    entropy = peak + (mass / top).log() - torch.linalg.vecdot(p, x) / mass
+    # Below the least mass a share of the rest has too few digits left, or none.
+    entropy = torch.where(mass > _LEAST_MASS, entropy, 0.0).mean(dim=(1, 2)).clamp_min(0.0)
     if normalise:
         entropy = entropy / (p > 0).any(dim=2).any(dim=1).sum(-1).clamp_min(2).log()
     return entropy
