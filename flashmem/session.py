@@ -33,6 +33,7 @@ from flashmem.errors import CheckpointError, ConfigError, PromptTooLongError
 from flashmem.generation import Clock, Generation, generate
 from flashmem.memory import MemorySource
 from flashmem.state import DecodeState
+from flashmem.token_ids import common_length
 from flashmem.trigger import TriggerConfig
 
 FORMAT_VERSION = 2
@@ -294,7 +295,7 @@ class Session:
     def _continue(self, token_ids: list[int]) -> DecodeState:
         """Make the history exactly these ids, encoding what is not encoded yet."""
         held = len(self._ids) - self._waiting
-        common = _common(self._ids[:held], token_ids)
+        common = common_length(self._ids[:held], token_ids)
         if common < held:
             # The logits behind that place must be made again: at least one token goes through the backbone.
             common = min(common, len(token_ids) - 1)
@@ -349,14 +350,6 @@ class Session:
             "turns": self._turns,
             "latents": state.latents[0].nonzero()[:, 0].tolist(),
         }
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """How many ids two lists begin with in common."""
-    for place, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return place
-    return min(len(one), len(other))
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

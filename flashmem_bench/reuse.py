@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from flashmem.token_ids import common_length
+
 if TYPE_CHECKING:
     from flashmem.generation import Generation
     from flashmem.state import DecodeState
@@ -136,14 +138,6 @@ class PrefixKeeper:
             backbone.append(state, [prefix[held:]])
         self._kept = _Kept(session, prefix, state)
         return held
-
-
-def common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many ids two sequences begin with in common."""
-    for place, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return place
-    return min(len(one), len(other))
 
 
 def _why_not(method: Any, request: Request) -> str | None:
