@@ -170,9 +170,7 @@ class StaticEngine(Engine):
             return memory(context)
         length = memory.config.length
         seats = self._bind(whole, length, [False] * whole.batch_size)
-        if length not in seats.latents:
-            seats.latents[length] = self._zeros(whole.batch_size, length, self.backbone.hidden_size)
-        made = seats.latents[length]
+        made = self._latents(seats, length)
 
         def consolidate(stage: DecodeState, slots: Slots) -> None:
             made.copy_(memory.consolidator(seats.hidden, self.backbone, stage, stage.keys_values))
@@ -186,9 +184,7 @@ class StaticEngine(Engine):
         state.note(rows, part)
         takes = [row in rows for row in range(count)]
         seats = self._bind(state, length, takes)
-        if length not in seats.latents:
-            seats.latents[length] = self._zeros(count, length, self.backbone.hidden_size)
-        held = seats.latents[length]
+        held = self._latents(seats, length)
         if len(rows) == count:
             held.copy_(latents)
         else:
@@ -196,6 +192,12 @@ class StaticEngine(Engine):
         name = ("inject", length)
         self._play(state, seats, length, name, lambda stage, slots: self._latent_pass(stage, seats, held, slots))
         self._count(state, [length * takes_it for takes_it in takes])
+
+    def _latents(self, seats: _Seats, length: int) -> Tensor:
+        """Where memories of K latents lie between the pass that writes them and the one that reads them."""
+        if length not in seats.latents:
+            seats.latents[length] = self._zeros(len(seats.tokens), length, self.backbone.hidden_size)
+        return seats.latents[length]
 
     def seen(self, state: DecodeState) -> Tensor | None:
         """See `Engine.seen`."""
@@ -228,7 +230,8 @@ class StaticEngine(Engine):
     def _play(self, state: DecodeState, seats: _Seats, width: int, name: tuple[Any, ...], run: Pass) -> None:
         """Replay a pass, or record it first."""
         bucket, tap = bucket_of(state.length + width), self.backbone.tap
-        key = (*name, bucket, None if tap is None else tap.rows)
+        # What the monitor counts is part of what is recorded.
+        key = (*name, bucket, None if tap is None else (tap.rows, self.backbone.monitor))
         with _untimed(tap):
             if key not in self._passes:
                 # What is recorded once is in nobody's time.

@@ -74,6 +74,7 @@ class LoRA(MemorySource):
         shared = {id(p): p for p in backbone.model.parameters() if id(p) not in own}
         model = copy.deepcopy(backbone.model, shared)
         changed = Backbone(backbone.name, model, backbone.tokenizer, backbone.monitor)
+        changed.execution = backbone.execution
         for name, down, up in zip(self.names, self.down, self.up, strict=True):
             weight = linear_maps(changed)[name].weight
             # In float32: the product of two bfloat16 factors has digits that a sum in bfloat16 would lose.

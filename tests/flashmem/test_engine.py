@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
-from flashmem import ConfigError, MemoryConfig, TriggerConfig, attention, engine, generate, new_memory
+from flashmem import ConfigError, MemoryConfig, MonitorConfig, TriggerConfig, attention, engine, generate, new_memory
 from flashmem.backbone import Backbone
 from flashmem.engine import StaticEngine, as_it_is, bucket_of
 from flashmem.session import Session
@@ -103,6 +103,31 @@ def test_a_second_prompt_replays_what_the_first_one_recorded() -> None:
         if number == 0:
             first = len(recorded)
     assert len(recorded) == first == 3, "one token, one memory, one injection"
+
+
+def test_another_monitor_is_recorded_anew() -> None:
+    backbone, recorded = make_backbone(), []
+
+    def count(run):
+        recorded.append(run)
+        return run
+
+    static(backbone, count)
+    memory = memory_of(backbone, "consolidator")
+    more = {"generation_config": CONFIG, "memory": memory, "trigger": EVERY}
+    counts = []
+    for sinks in (4, 4, 1):
+        backbone.monitor = MonitorConfig(sinks=sinks)
+        generate(backbone, PROMPTS[:1], **more)
+        counts.append(len(recorded))
+    assert counts[0] == counts[1] < counts[2]
+
+
+def test_merged_weights_are_run_as_the_others() -> None:
+    backbone = make_backbone()
+    adapters = new_memory(MemoryConfig(source="lora", encoder_rank=2), backbone)
+    backbone.execution = "compile"
+    assert adapters.merged(backbone).execution == "compile"
 
 
 def test_longer_prompts_get_a_bucket_of_their_own() -> None:
