@@ -23,6 +23,7 @@ import lm_eval.models  # noqa: F401
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
+from flashmem_bench.answers import by_key, streams
 from flashmem_bench.errors import DataError, UsageError
 from flashmem_bench.likelihood import Encoded, cannot_score, encode_pairs, judge, without_context
 from flashmem_bench.methods.base import Entry
@@ -30,7 +31,6 @@ from flashmem_bench.models import BUNDLED, model_key
 from flashmem_bench.prepare import Prepared, prepare
 from flashmem_bench.registry import get_method
 from flashmem_bench.rows import fit_prompt
-from flashmem_bench.runner import by_key, streams
 from flashmem_bench.samples import GenerationArgs, Sample, sample_seed
 from flashmem_bench.session import Request, Session
 from flashmem_bench.settings import parse_assignments

@@ -41,23 +41,18 @@ _ATTENTION = "sdpa, monitored layer in one pass"
 
 
 @dataclass
-class Prepared:
-    """A cell that can run.
+class CellPlan:
+    """A cell by name: what it is, and what people want to know of it.
 
     Attributes:
         identity: What can change an answer; its hash is the cell's id.
         descr: What people want to know besides.
-        common: Sample columns that are the same in every row of the cell.
-        scored: False for an untrained memory, whose score stays null.
     """
 
     spec: MethodSpec
     suite: Suite
-    context: BuildContext
     identity: dict[str, Any]
     descr: dict[str, Any]
-    common: dict[str, Any]
-    scored: bool = True
 
     @property
     def cell(self) -> str:
@@ -65,11 +60,39 @@ class Prepared:
         return cell_id(self.identity)
 
 
+@dataclass
+class Prepared(CellPlan):
+    """A cell that can run.
+
+    Attributes:
+        context: What the method is built from.
+        common: Sample columns that are the same in every row of the cell.
+        scored: False for an untrained memory, whose score stays null.
+    """
+
+    context: BuildContext
+    common: dict[str, Any]
+    scored: bool = True
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The cell that a matched method is matched to, as far as it has run.
+
+    Attributes:
+        cell: Its id.
+        samples: What it did, by sample id, in the order of the suite.
+    """
+
+    cell: str
+    samples: dict[str, ReferenceSample]
+
+
 def prepare(
     session: Session,
     suite_name: str,
     method: str,
-    reference: CellStore | None = None,
+    reference: Reference | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Prepared:
     """Find what a method needs on a suite and name the cell.
@@ -78,7 +101,7 @@ def prepare(
         session: The loaded parts.
         suite_name: Name of the suite.
         method: Name of the method.
-        reference: The cell that a matched method is matched to, already run.
+        reference: What the method is matched to, already run (`read_reference`).
         note: Told what takes a while or should be known.
 
     Raises:
@@ -95,7 +118,7 @@ def prepare(
         method=method,
         memory=checkpoint.settings() if checkpoint else None,
     )
-    references = _reference_samples(session, suite, reference)
+    references = reference.samples if reference is not None else {}
     matched = spec.match(request.match, settings, references) if spec.match is not None else {}
     settings = _with_trigger(settings, matched)
     found = _thresholds(session, spec, suite, settings, note)
@@ -113,7 +136,7 @@ def prepare(
     bank = _bank(session, spec, context, checkpoint, note)
     # Over all samples the settings say all of a match; within a sample the moments lie over the reference's own.
     identity = _identity(session, spec, context, checkpoint, bank, None if matched else reference)
-    prepared = Prepared(spec, suite, context, identity, {}, {}, scored=not _untrained(spec, checkpoint))
+    prepared = Prepared(spec, suite, identity, {}, context, {}, scored=not _untrained(spec, checkpoint))
     prepared.common = _common(session, prepared, checkpoint, found)
     prepared.descr = _description(session, prepared, checkpoint, found)
     for text in checkpoint.notes if checkpoint else ():
@@ -173,18 +196,16 @@ def _with_trigger(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     return settings.model_copy(update={"trigger": settings.trigger.model_copy(update=changed)})
 
 
-def _reference_samples(session: Session, suite: Suite, reference: CellStore | None) -> dict[str, ReferenceSample]:
-    """Read what the samples in question did in the reference cell, in the order of the suite."""
-    if reference is None:
-        return {}
-    texts, known = reference.texts(), {}
-    samples = suite.samples(session.request.split)
+def read_reference(session: Session, suite: str, cell: CellStore) -> Reference:
+    """Read what the samples in question did in the reference cell."""
+    texts, known = cell.texts(), {}
+    samples = session.suite(suite).samples(session.request.split)
     for index in range(min(session.request.limit or len(samples), len(samples))):
         text = texts.get(samples[index].sample_id)
         if text is not None:
             fired = tuple(int(trigger["text_index"]) for trigger in text["triggers"])
             known[samples[index].sample_id] = ReferenceSample(fired, len(text["entropies"]))
-    return known
+    return Reference(cell.cell_id, known)
 
 
 def _thresholds(
@@ -269,7 +290,7 @@ def _identity(
     context: BuildContext,
     checkpoint: Checkpoint | None,
     bank: str | None,
-    reference: CellStore | None,
+    reference: Reference | None,
 ) -> dict[str, Any]:
     request = session.request
     identity = _memory_parts(session, spec, context, checkpoint)
@@ -287,7 +308,7 @@ def _identity(
         identity["bank"] = bank
     if spec.reference is not None:
         identity["match"] = request.match
-        identity["reference"] = reference.cell_id if reference is not None else None
+        identity["reference"] = reference.cell if reference is not None else None
     return identity
 
 

@@ -42,3 +42,15 @@ def chosen(request: Request, sessions: Sequence[str | None], suite: str) -> list
         if few and asked[session] <= (request.questions_per_session or total):
             indices.append(index)
     return indices
+
+
+def batches_of(request: Request, sessions: Sequence[str | None], suite: str) -> tuple[list[int], list[list[int]]]:
+    """Return the indices that a request wants, and the batches of the suite's order that hold them.
+
+    A batch may reach beyond the limit: it has the same members whatever the limit is.
+    """
+    wanted = chosen(request, sessions, suite)
+    if of_sessions(request):
+        return wanted, [[index] for index in wanted]
+    size = request.batch_size
+    return wanted, [list(range(start, min(start + size, len(sessions)))) for start in range(0, len(wanted), size)]

@@ -107,16 +107,13 @@ class _Pass:
 
     def _trace(self, missing: set[str], count: int) -> None:
         from flashmem_bench.methods.latent import LatentMethod
-        from flashmem_bench.prepare import prepare
+        from flashmem_bench.prepare import prepare, read_reference
         from flashmem_bench.registry import get_method
 
-        reference = get_method(self.result.method).reference
-        prepared = prepare(
-            self.session,
-            self.result.suite,
-            self.result.method,
-            self.by_name.get((self.result.suite, reference)) if reference else None,
-        )
+        suite, name = self.result.suite, get_method(self.result.method).reference
+        matched_to = self.by_name.get((suite, name)) if name else None
+        reference = read_reference(self.session, suite, matched_to) if matched_to else None
+        prepared = prepare(self.session, suite, self.result.method, reference)
         if prepared.cell != self.cell.cell_id:
             raise BenchError(f"the settings of {self.name} no longer name its cell; run the same command again")
         method = prepared.spec.make(prepared.context)

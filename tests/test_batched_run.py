@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from flashmem_bench.answers import streams
 from flashmem_bench.clock import FakeClock
+from flashmem_bench.interrupts import Interrupted, Stop
 from flashmem_bench.peak_memory import PeakMemory
 from flashmem_bench.progress import Silent
 from flashmem_bench.rows import Prompt
-from flashmem_bench.runner import Interrupted, Stop, run_cell, streams
+from flashmem_bench.runner import run_cell
 from flashmem_bench.samples import Sample
 from flashmem_bench.store import ResultStore
 from flashmem_bench.streaming import SampleStream

@@ -17,8 +17,9 @@ from flashmem.errors import FlashMemError
 from flashmem_bench.checkpoints import find_checkpoint
 from flashmem_bench.clock import FakeClock
 from flashmem_bench.errors import MissingCheckpointError, UsageError
+from flashmem_bench.interrupts import Interrupted, Stop, interruptible
 from flashmem_bench.rows import make_prompt, trigger_hits
-from flashmem_bench.runner import Interrupted, Stop, interruptible, run_cell
+from flashmem_bench.runner import run_cell
 from flashmem_bench.store import ResultStore
 
 # What may differ between two runs of the same cell: clocks, and which start made the row.

@@ -116,7 +116,7 @@ def _list_axes(json: bool) -> int:
 def run_axis(request: Request, sweep: Sweep, *, json: bool, quiet: bool) -> int:
     """Run every point of an axis and show the sheet."""
     from flashmem_bench.cli.run import conclude
-    from flashmem_bench.runner import Interrupted
+    from flashmem_bench.interrupts import Interrupted
     from flashmem_bench.sweeps import cost_sentence, refuse_unread, run_sweep
 
     refuse_unread(request, sweep.axis)

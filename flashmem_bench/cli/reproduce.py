@@ -54,10 +54,10 @@ def reproduce(
 def _work(recipe: str, parts: Parts, *, json: bool, quiet: bool) -> int:
     from flashmem.errors import FlashMemError
     from flashmem_bench.cli.run import conclude
+    from flashmem_bench.interrupts import Interrupted
     from flashmem_bench.progress import progress_for
     from flashmem_bench.report import build_report
     from flashmem_bench.reproduce import calibrate_all, run_arms, train_recipe
-    from flashmem_bench.runner import Interrupted
     from flashmem_bench.watch import watching
 
     try:

@@ -97,8 +97,9 @@ def _stories(trace: bool, samples: str | None) -> int:
 
 def execute(request: Request, stories: int, *, json: bool, quiet: bool) -> int:
     """Run a request, trace the first samples of its cells, show its table and return the exit code."""
+    from flashmem_bench.interrupts import Interrupted
     from flashmem_bench.progress import progress_for
-    from flashmem_bench.runner import Interrupted, run_grid
+    from flashmem_bench.runner import run_grid
     from flashmem_bench.session import Session
     from flashmem_bench.tracing import trace_cells
 

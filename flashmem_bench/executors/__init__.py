@@ -1,0 +1,1 @@
+"""Who answers the samples of a cell: this process, or others."""
