@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -98,7 +98,7 @@ class CellAnswers:
         """Return what the cell's summary should say of the way in which its samples were answered."""
         return {"why_not_reused": self._keeper.summary()} if self.prepared.suite.prefix_field else {}
 
-    def finished(self, batches: Sequence[Sequence[int]], wanted: frozenset[int]) -> Iterator[Finished]:
+    def finished(self, batches: Sequence[Sequence[int]], wanted: frozenset[int]) -> Generator[Finished]:
         """Yield each sample when it is done.
 
         Args:

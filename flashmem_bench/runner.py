@@ -165,10 +165,11 @@ class _CellRun:
         """
         pending = [batch for batch in self._batches if not self.missing.isdisjoint(batch)]
         work = Work(self.plan, pending, self.missing, self.stop)
+        answers = self.executor.answers(work, self.progress.note)
         info = {"command": self.session.request.command, **self.executor.environment()}
         attempt = self.cell.begin_attempt(info)
         try:
-            with RowWriter(self.cell) as writer, closing(self.executor.answers(work, self.progress.note)) as answers:
+            with RowWriter(self.cell) as writer, closing(answers):
                 for finished in answers:
                     self._store(writer, finished, attempt)
             if self.stop.asked:

@@ -7,7 +7,7 @@ values, so that an executor may be this process, several of this machine, or a c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,8 +50,12 @@ class Executor(Protocol):
         """Return what the timings of an attempt depend on."""
         ...
 
-    def answers(self, work: Work, note: Callable[[str], None]) -> Iterator[Finished]:
-        """Yield each sample when it is done."""
+    def answers(self, work: Work, note: Callable[[str], None]) -> Generator[Finished]:
+        """Build what answers, and return an iterator that yields each sample when it is done.
+
+        Raises:
+            FlashMemError: The method cannot be built; nothing has begun then.
+        """
         ...
 
     def summary(self) -> dict[str, Any]:

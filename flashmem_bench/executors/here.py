@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 from flashmem_bench.answers import CellAnswers, Finished
@@ -36,11 +36,11 @@ class Here:
 
         return describe(self.session.backbone)
 
-    def answers(self, work: Work, note: Callable[[str], None]) -> Iterator[Finished]:
+    def answers(self, work: Work, note: Callable[[str], None]) -> Generator[Finished]:
         """See `Executor.answers`."""
         assert isinstance(work.plan, Prepared)
         self._answers = CellAnswers(self.session, work.plan, work.stop, note)
-        yield from self._answers.finished(work.batches, work.wanted)
+        return self._answers.finished(work.batches, work.wanted)
 
     def summary(self) -> dict[str, Any]:
         """See `Executor.summary`."""
