@@ -232,7 +232,7 @@ class StaticEngine(Engine):
         bucket, tap = bucket_of(state.length + width), self.backbone.tap
         # What the monitor counts is part of what is recorded.
         key = (*name, bucket, None if tap is None else (tap.rows, self.backbone.monitor))
-        with _untimed(tap):
+        with _recorded(tap):
             if key not in self._passes:
                 # What is recorded once is in nobody's time.
                 with self.paused():
@@ -314,16 +314,17 @@ class StaticEngine(Engine):
 
 
 @contextmanager
-def _untimed(tap: AttentionTap | None) -> Iterator[None]:
-    """Inside, the monitor tells no clock: a recording would not."""
-    clock = tap.clock if tap is not None else None
-    if tap is not None:
-        tap.clock = None
+def _recorded(tap: AttentionTap | None) -> Iterator[None]:
+    """Inside, the monitor tells no clock and nothing to the host: a recording would not."""
+    if tap is None:
+        yield
+        return
+    before = tap.clock, tap.recorded
+    tap.clock, tap.recorded = None, True
     try:
         yield
     finally:
-        if tap is not None:
-            tap.clock = clock
+        tap.clock, tap.recorded = before
 
 
 def as_it_is(run: Callable[[], None]) -> Callable[[], None]:

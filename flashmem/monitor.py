@@ -18,6 +18,7 @@ that contains "sdpa". Nothing here decides when to trigger: that is `flashmem.tr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -72,6 +73,7 @@ class AttentionTap:
         at: `[B]` the one query of each row that is observed, where that is not the newest; None is the newest.
         normalise: as in `MonitorConfig`.
         entropy: `[B, rows]` nats, float32, the result of the last pass.
+        recorded: the pass is recorded (compiled, captured): no number may leave the device.
         clock: receives the phase "monitor"; None is no timing.
         kept: gets the newest query's whole row `[B, T]` in every pass, mean over heads, float32; None keeps nothing.
     """
@@ -82,19 +84,33 @@ class AttentionTap:
     at: Tensor | None = None
     normalise: bool = False
     entropy: Tensor | None = None
+    recorded: bool = False
     clock: Any = field(default=None, repr=False)
     kept: list[Tensor] | None = field(default=None, repr=False)
 
     def observe(self, scores: Tensor, weights: Tensor) -> None:
         """Reduce attention rows `[B, G, R, rows, T]` to entropies `[B, rows]`."""
+        if scores.requires_grad:
+            scores, weights = scores.detach(), weights.detach()
         with self.clock.phase("monitor") if self.clock is not None else nullcontext():
             self.entropy = row_entropy(
-                scores.detach(), weights.detach(), sinks=self.sinks, latents=self.latents, normalise=self.normalise
+                scores,
+                weights,
+                sinks=self.sinks,
+                latents=self.latents,
+                normalise=self.normalise,
+                on_host=not self.recorded and scores.device.type == "cpu" and len(scores) == scores.shape[3] == 1,
             )
 
 
 def row_entropy(
-    scores: Tensor, weights: Tensor, *, sinks: int = 0, latents: Tensor | None = None, normalise: bool = False
+    scores: Tensor,
+    weights: Tensor,
+    *,
+    sinks: int = 0,
+    latents: Tensor | None = None,
+    normalise: bool = False,
+    on_host: bool = False,
 ) -> Tensor:
     """Entropy of attention rows after some keys are removed (paper Eq. 3-4).
 
@@ -107,6 +123,7 @@ def row_entropy(
         sinks: how many of the first keys are removed.
         latents: `[B, T]` or longer, True where a key is removed, or None.
         normalise: divide by the logarithm of the number of keys that are left.
+        on_host: do the arithmetic of the sums in Python, for one row (B = Q = 1).
 
     Returns:
         `[B, Q]` nats, float32; 0 where nothing is left of a row.
@@ -117,13 +134,25 @@ def row_entropy(
         # A product, since filling under a mask takes three times as long on a CPU.
         kept = (~latents[:, sinks : weights.shape[-1]]).to(p.device, p.dtype)
         p = p * kept[:, None, None, None]
-    mass = p.sum(-1)
-    entropy = peak + (mass / top).log() - torch.linalg.vecdot(p, x) / mass
-    # Below the least mass a share of the rest has too few digits left, or none.
-    entropy = torch.where(mass > _LEAST_MASS, entropy, 0.0).mean(dim=(1, 2)).clamp_min(0.0)
+    finish = _finish_on_host if on_host else _finish
+    entropy = finish(peak, top, p.sum(-1), (p * x).sum(-1))
     if normalise:
         entropy = entropy / (p > 0).any(dim=2).any(dim=1).sum(-1).clamp_min(2).log()
     return entropy
+
+
+def _finish(peak: Tensor, top: Tensor, mass: Tensor, dot: Tensor) -> Tensor:
+    """From the sums of each head's row, `[B, G, R, Q]`, to the mean over heads, `[B, Q]`."""
+    entropy = peak + (mass / top).log() - dot / mass
+    # Below the least mass a share of the rest has too few digits left, or none.
+    return torch.where(mass > _LEAST_MASS, entropy, 0.0).mean(dim=(1, 2)).clamp_min(0.0)
+
+
+def _finish_on_host(peak: Tensor, top: Tensor, mass: Tensor, dot: Tensor) -> Tensor:
+    """The same of one row in Python: on a handful of numbers each operation of torch takes as long as on all keys."""
+    heads = list(zip(*torch.stack((peak, top, mass, dot)).view(4, -1).tolist(), strict=True))
+    found = sum(c + math.log(s / p) - d / s for c, p, s, d in heads if s > _LEAST_MASS)
+    return torch.full((1, 1), max(0.0, found / len(heads)))
 
 
 def attention_scores(
@@ -141,13 +170,14 @@ def attention_scores(
     Returns:
         `[B, G, H / G, Q, T]` in float32; what is masked is the smallest number, not infinite.
     """
-    batch, heads, rows, _ = query.shape
+    batch, heads, rows, width = query.shape
     groups = key.shape[1]
-    grouped = attention.fold(query, groups)
+    # One product for each KV head; `matmul` over four dimensions takes a detour that a short row feels.
+    grouped, keys = query.reshape(batch * groups, heads // groups * rows, width), key.flatten(0, 1).transpose(1, 2)
     # The query is T times smaller than the scores; but in a short format it would lose bits.
     early = query.dtype == torch.float32
-    scores = torch.matmul(grouped * scaling if early else grouped, key.transpose(-1, -2)).float()
-    scores = (scores if early else scores * scaling).view(batch, groups, heads // groups, rows, -1)
+    scores = torch.bmm(grouped * scaling, keys) if early else torch.bmm(grouped, keys).float() * scaling
+    scores = scores.view(batch, groups, heads // groups, rows, -1)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
@@ -166,11 +196,11 @@ def attention_rows(
 def _apply(weights: Tensor, value: Tensor) -> Tensor:
     """`[B, G, R, Q, T]` times `[B, G, T, d_h]`, returned as `[B, Q, H, d_h]`."""
     batch, groups, repeat, rows, length = weights.shape
+    flat = weights.to(value.dtype).reshape(batch * groups, repeat * rows, length)
+    out = torch.bmm(flat, value.flatten(0, 1))
     if rows == 1:
-        return torch.matmul(weights[:, :, :, 0].to(value.dtype), value).view(batch, 1, groups * repeat, -1)
-    flat = weights.to(value.dtype).reshape(batch, groups, repeat * rows, length)
-    out = torch.matmul(flat, value).view(batch, groups * repeat, rows, -1)
-    return out.transpose(1, 2).contiguous()
+        return out.view(batch, 1, groups * repeat, -1)
+    return out.view(batch, groups * repeat, rows, -1).transpose(1, 2).contiguous()
 
 
 def _mask_of(mask: Tensor | None, query: Tensor, key: Tensor, rows: int, at: Tensor | None) -> Tensor | None:
@@ -230,11 +260,11 @@ def monitored_attention(
     if query.shape[2] == 1 and (rows or softcap is not None):
         scores = attention_scores(query, key, _mask_of(attention_mask, query, key, 1, None), scale, softcap)
         weights = scores.softmax(-1)
-        output = _apply(weights, value)
         if rows:
+            # Before the values are read, which would drive the row out of the fast memory.
             assert tap is not None
             tap.observe(scores, weights)
-        return output, None
+        return _apply(weights, value), None
     if softcap is not None:
         mask = _mask_of(attention_mask, query, key, query.shape[2], None)
         output = _apply(attention_rows(query, key, mask, scale, softcap), value)

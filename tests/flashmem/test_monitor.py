@@ -111,9 +111,10 @@ def test_prefill_rows_equal_the_rows_of_single_steps(backbone) -> None:
     assert rows == pytest.approx(stepwise, abs=1e-5)
 
 
-def test_uniform_and_peaked_rows() -> None:
+@pytest.mark.parametrize("on_host", [False, True])
+def test_uniform_and_peaked_rows(on_host: bool) -> None:
     def entropy(scores: torch.Tensor, **options: object) -> float:
-        return float(row_entropy(scores, scores.softmax(-1), **options))
+        return float(row_entropy(scores, scores.softmax(-1), on_host=on_host, **options))
 
     uniform = torch.full((1, 2, 1, 1, 10), 3.0)
     assert entropy(uniform) == pytest.approx(math.log(10), abs=1e-6)
@@ -128,14 +129,16 @@ def test_uniform_and_peaked_rows() -> None:
     assert entropy(peaked, sinks=4) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_a_sink_that_takes_almost_everything_costs_no_digits() -> None:
+@pytest.mark.parametrize("on_host", [False, True])
+def test_a_sink_that_takes_almost_everything_costs_no_digits(on_host: bool) -> None:
     """What is left of a row is summed by itself, never as one minus the sink."""
     torch.manual_seed(0)
     scores = torch.randn(1, 2, 3, 1, 200)
     scores[..., 0] = 25.0
     left = scores[..., 4:].double().softmax(-1)
     wanted = scipy_entropy(left.numpy(), axis=-1).mean()
-    assert float(row_entropy(scores, scores.softmax(-1), sinks=4)) == pytest.approx(wanted, abs=2e-5)
+    found = float(row_entropy(scores, scores.softmax(-1), sinks=4, on_host=on_host))
+    assert found == pytest.approx(wanted, abs=2e-5)
 
 
 def test_settings_change_what_is_counted(backbone) -> None:
