@@ -214,9 +214,23 @@ class StaticEngine(Engine):
         seats.takes.copy_(torch.tensor(takes), non_blocking=True)
         if state.cache.marks is None:
             state.cache.marks = SlotBuffer(1)
-        state.cache.make_room(bucket_of(state.length + width))
+        bucket = bucket_of(state.length + width)
+        self._move_in(state.cache, bucket)
+        state.cache.make_room(bucket)
         self._adopt(state.cache)
         return seats
+
+    def _move_in(self, cache: RaggedCache, slots: int) -> None:
+        """Copy a cache into the buffers of the passes, where they are free: cheaper than to record anew.
+
+        A fork of a kept prefix comes with buffers of its own each time.
+        """
+        mine = self._buffers
+        if mine is None or self._user() is not None or mine.shares(cache):
+            return
+        if len(mine.lengths) == len(cache.lengths) and mine.capacity >= slots and mine.alike(cache):
+            cache.move_to(mine)
+            self._user = weakref.ref(cache)
 
     def _adopt(self, cache: RaggedCache) -> None:
         """Remember whose buffers the passes are recorded over; others than before make the recordings worthless."""

@@ -188,6 +188,19 @@ class RaggedCache(Cache):
             other.marks.data.zero_()
             self.marks = SlotBuffer(1, other.marks.data)
 
+    def move_to(self, other: RaggedCache) -> None:
+        """Go on in the buffers of a cache that is `alike`, is large enough and is not read any more."""
+        held = max(self.lengths)
+        for mine, theirs in zip(self._buffers(), other._buffers(), strict=True):
+            assert theirs.data is not None
+            if mine is self.marks:
+                theirs.data.zero_()
+            if mine.data is not None:
+                known = min(held, mine.capacity)
+                theirs.view(known).copy_(mine.view(known))
+            mine.data = theirs.data
+        self._leave()
+
     def make_room(self, slots: int) -> None:
         """Have buffers for so many slots now, which are this cache's own to write behind the rows' ends."""
         if len(self._kin) > 1:

@@ -105,6 +105,34 @@ def test_a_second_prompt_replays_what_the_first_one_recorded() -> None:
     assert len(recorded) == first == 3, "one token, one memory, one injection"
 
 
+def test_forks_of_a_kept_prefix_replay_what_the_first_one_recorded() -> None:
+    """Each question of a session is such a fork; it must see the prefix, and nothing of the fork before it."""
+    backbone, recorded = make_backbone(), []
+    memory = memory_of(backbone, "consolidator")
+    prefix, questions = prompts_of(200)[0], prompts_of(6, 11, 4, 9)
+
+    def answers() -> list[tuple]:
+        kept, found = backbone.prefill([prefix]), []
+        for question in questions:
+
+            def fork(prompts, question=question):
+                state = kept.fork()
+                backbone.append(state, [question])
+                return state
+
+            more = {"generation_config": CONFIG, "memory": memory, "trigger": EVERY, "prefill": fork}
+            found.append(facts(generate(backbone, [prefix + question], **more)[0]))
+            counts.append(len(recorded))
+        return found
+
+    counts: list[int] = []
+    wanted = answers()
+    static(backbone, lambda run: recorded.append(run) or run)
+    counts.clear()
+    assert answers() == wanted
+    assert counts[1] == counts[2] == counts[3], "the second one needed larger buffers than the first"
+
+
 def test_another_monitor_is_recorded_anew() -> None:
     backbone, recorded = make_backbone(), []
 
