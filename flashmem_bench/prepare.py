@@ -34,7 +34,7 @@ from flashmem_bench.thresholds import (
 )
 
 if TYPE_CHECKING:
-    from flashmem_bench.store import CellStore
+    from flashmem_bench.cell_store import CellStore
     from flashmem_bench.tasks import Suite
 
 _ATTENTION = "sdpa, monitored layer in one pass"

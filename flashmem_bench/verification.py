@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashmem_bench.cell_store import CellStore
 from flashmem_bench.errors import BenchError
-from flashmem_bench.store import CellStore, ResultStore, cell_id
+from flashmem_bench.store import ResultStore, cell_id
 
 if TYPE_CHECKING:
     import pandas as pd

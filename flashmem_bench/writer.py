@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flashmem_bench.store import CellStore
+    from flashmem_bench.cell_store import CellStore
 
 
 class RowWriter:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from flashmem_bench.cell_store import CellStore
 from flashmem_bench.registry import method_names
-from flashmem_bench.store import CellStore, ResultStore
+from flashmem_bench.store import ResultStore
 
 VANILLA = "vanilla"
 FLASHMEM = "flashmem"
