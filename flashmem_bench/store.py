@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmem_bench.cell_store import CellStore
-from flashmem_bench.durable import read_json, replace_json
+from flashmem_bench.durable import read_json, replace_json, write_failure
 from flashmem_bench.errors import StoreError
 from flashmem_bench.schema import SCHEMA_VERSION
 
@@ -77,7 +77,10 @@ class ResultStore:
     def _check_schema(self) -> None:
         path = self.root / "SCHEMA.json"
         if not path.exists():
-            replace_json(path, {"project": _PROJECT, "schema_version": SCHEMA_VERSION})
+            try:
+                replace_json(path, {"project": _PROJECT, "schema_version": SCHEMA_VERSION})
+            except OSError as error:
+                raise write_failure(path, error) from error
             return
         found = read_json(path).get("schema_version")
         if found != SCHEMA_VERSION:
@@ -114,4 +117,12 @@ class ResultStore:
 
     def find(self, **where: Any) -> list[CellStore]:
         """The cells whose description (else identity) has all the given values."""
-        return [cell for cell in self.cells() if all(cell.get(key) == value for key, value in where.items())]
+        return [cell for cell in self.cells() if _matches(cell, where)]
+
+
+def _matches(cell: CellStore, where: Mapping[str, Any]) -> bool:
+    try:
+        return all(cell.get(key) == value for key, value in where.items())
+    except StoreError:
+        # Nobody knows what a broken manifest said; `report` and `verify` name it.
+        return False

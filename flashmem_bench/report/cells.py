@@ -10,15 +10,18 @@ cells of one suite and method, each carries the settings in which they differ.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from flashmem_bench.cell_store import CellStore
+from flashmem_bench.errors import StoreError
 from flashmem_bench.registry import method_names
 from flashmem_bench.store import ResultStore
 
+_log = logging.getLogger(__name__)
 VANILLA = "vanilla"
 FLASHMEM = "flashmem"
 PLACEBOS = (
@@ -132,20 +135,30 @@ class Cell:
         return {row["sample_id"]: row for row in self.rows}
 
 
-def load_cells(store: ResultStore, suites: Collection[str] | None = None) -> list[Cell]:
-    """All cells with at least one row, in the order of the tables: suite, method, id.
+def load_cells(
+    store: ResultStore, suites: Collection[str] | None = None, problems: list[str] | None = None
+) -> list[Cell]:
+    """All cells with at least one row that can be read, in the order of the tables: suite, method, id.
 
     Args:
         store: the results.
         suites: names to restrict to; None takes all.
+        problems: gets a sentence for every cell that cannot be read; None sends them to the log.
     """
     order = {name: place for place, name in enumerate(method_names())}
     cells = []
     for entry in store.cells():
-        manifest = entry.manifest
-        if suites is not None and manifest["descr"]["suite"] not in suites:
+        try:
+            manifest = entry.manifest
+            if suites is not None and manifest["descr"]["suite"] not in suites:
+                continue
+            rows = tuple(sorted(entry.rows(), key=lambda row: (row.get("index") or 0, row["sample_id"])))
+        except StoreError as error:
+            if problems is None:
+                _log.warning("a cell is left out: %s", error)
+            else:
+                problems.append(f"a cell is left out: {error}")
             continue
-        rows = tuple(sorted(entry.rows(), key=lambda row: (row.get("index") or 0, row["sample_id"])))
         if rows:
             cells.append(Cell(entry, manifest, rows))
     return sorted(cells, key=lambda cell: (cell.suite, order.get(cell.method, len(order)), cell.method, cell.cell_id))
