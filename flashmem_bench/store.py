@@ -19,6 +19,7 @@ from typing import Any
 from flashmem_bench.cell_store import CellStore
 from flashmem_bench.durable import read_json, replace_json, write_failure
 from flashmem_bench.errors import StoreError
+from flashmem_bench.migrations import can_migrate, migrate
 from flashmem_bench.schema import SCHEMA_VERSION
 
 _PROJECT = "flashmem-bench"
@@ -58,7 +59,8 @@ class ResultStore:
         root: the results folder; made when absent.
 
     Raises:
-        StoreError: the folder cannot be written, or holds results of another schema.
+        StoreError: the folder cannot be written, or holds results of a schema that this version cannot bring to its
+            own.
     """
 
     def __init__(self, root: Path):
@@ -83,7 +85,9 @@ class ResultStore:
                 raise write_failure(path, error) from error
             return
         found = read_json(path).get("schema_version")
-        if found != SCHEMA_VERSION:
+        if found != SCHEMA_VERSION and can_migrate(found):
+            migrate(self.root, path)
+        elif found != SCHEMA_VERSION:
             raise StoreError(
                 f"the results folder {self.root} has schema version {found}, this program writes "
                 f"{SCHEMA_VERSION}; choose another with --results-dir or use the version of flashmem-bench that made it"

@@ -130,6 +130,21 @@ class Cell:
         return self.store.texts()
 
     @cached_property
+    def timed_attempt(self) -> int | None:
+        """The attempt whose times stand for the cell, see `timed_rows`; None where no time counts."""
+        return self.timed_rows[0].get("attempt") if self.timed_rows else None
+
+    @cached_property
+    def timed_rows(self) -> tuple[dict[str, Any], ...]:
+        """The rows whose times count, all of one attempt."""
+        return timed_rows(self.rows)
+
+    @cached_property
+    def timed_by_sample(self) -> dict[str, dict[str, Any]]:
+        """The rows whose times count, by sample id."""
+        return {row["sample_id"]: row for row in self.timed_rows}
+
+    @cached_property
     def by_sample(self) -> dict[str, dict[str, Any]]:
         """Rows by sample id."""
         return {row["sample_id"]: row for row in self.rows}
@@ -162,6 +177,20 @@ def load_cells(
         if rows:
             cells.append(Cell(entry, manifest, rows))
     return sorted(cells, key=lambda cell: (cell.suite, order.get(cell.method, len(order)), cell.method, cell.cell_id))
+
+
+def timed_rows(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """The rows of a cell that its times may come from.
+
+    Two attempts may have run on other machines, or on one that did something else, so their times are never put
+    together: those of the attempt with the most usable times count, of the later one where two have as many.
+    """
+    attempts: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("timing_valid") is not False and row.get("e2e_ms") is not None:
+            attempts.setdefault(row.get("attempt") or 0, []).append(row)
+    best = max(attempts, key=lambda number: (len(attempts[number]), number), default=None)
+    return tuple(attempts[best]) if best is not None else ()
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -215,6 +244,11 @@ def _shown(value: Any) -> str:
 def shared_samples(a: Cell, b: Cell) -> list[str]:
     """Ids of the samples that both cells have, in suite order."""
     return [name for name in a.by_sample if name in b.by_sample]
+
+
+def timed_pairs(a: Cell, b: Cell) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The rows of samples whose times count in both cells, in suite order."""
+    return [(row, b.timed_by_sample[name]) for name, row in a.timed_by_sample.items() if name in b.timed_by_sample]
 
 
 def refusal(a: Cell, b: Cell) -> str | None:
