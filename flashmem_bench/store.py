@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmem_bench.cell_store import CellStore
-from flashmem_bench.durable import read_json, replace_json, write_failure
+from flashmem_bench.durable import make_folder, read_json, replace_json, write_failure
 from flashmem_bench.errors import StoreError
 from flashmem_bench.migrations import can_migrate, migrate
 from flashmem_bench.schema import SCHEMA_VERSION
@@ -66,7 +66,7 @@ class ResultStore:
     def __init__(self, root: Path):
         self.root = Path(root)
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            make_folder(self.root)
             with tempfile.TemporaryFile(dir=self.root):
                 pass
         except OSError as error:
