@@ -39,7 +39,7 @@ from flashmem_bench.errors import StoreError
 from flashmem_bench.lease import EXPIRY_S, PERIOD_S, Claim, ClaimHeld
 from flashmem_bench.lines import by_sample, encode, plain, scalar
 from flashmem_bench.quarantine import cut_broken_end, remove_broken
-from flashmem_bench.schema import SCHEMA_VERSION
+from flashmem_bench.schema import SCHEMA_VERSION, wrong_text_type, wrong_type
 
 SAMPLES, TEXTS, MANIFEST = "samples.jsonl", "texts.jsonl", "manifest.json"
 _REPAIR = "put it aside with flashmem-bench verify --repair, then run the same command again"
@@ -71,7 +71,12 @@ class CellStore:
             StoreError: it is broken.
         """
         path = self.path / MANIFEST
-        return read_json(path, _REPAIR) if path.exists() else {}
+        if not path.exists():
+            return {}
+        manifest = read_json(path, _REPAIR)
+        if not _is_manifest(manifest):
+            raise StoreError(f"{path} is no manifest of a cell; {_REPAIR}")
+        return manifest
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value of the description, else of the identity, else the default."""
@@ -90,14 +95,28 @@ class CellStore:
         """The finished samples, each once, in the order in which they first appeared.
 
         Raises:
-            StoreError: a line before the last whole one is broken.
+            StoreError: a line before the last whole one is broken, or was changed into something that is no row.
         """
-        texts = by_sample(self.path / TEXTS)
-        return [row for key, row in by_sample(self.path / SAMPLES).items() if key in texts]
+        texts = self.texts()
+        rows = [row for key, row in by_sample(self.path / SAMPLES).items() if key in texts]
+        for row in rows:
+            self._require(wrong_type(row), row, SAMPLES)
+        return rows
 
     def texts(self) -> dict[str, dict[str, Any]]:
-        """The texts by sample id, including a sample whose row never came."""
-        return by_sample(self.path / TEXTS)
+        """The texts by sample id, including a sample whose row never came; raises as `rows`."""
+        texts = by_sample(self.path / TEXTS)
+        for text in texts.values():
+            self._require(wrong_text_type(text), text, TEXTS)
+        return texts
+
+    def _require(self, odd: str | None, record: Mapping[str, Any], name: str) -> None:
+        # A checksum rules this out, unless a line was written by hand.
+        if odd is not None:
+            raise StoreError(
+                f"{odd} of sample {record['sample_id']} in {self.path / name} is {record[odd]!r}; remove that line and "
+                "run the same command again"
+            )
 
     def done(self) -> set[str]:
         """Ids of the finished samples."""
@@ -345,6 +364,19 @@ class CellStore:
         except StoreError:
             safe = f"what was written before is safe in {self.path}"
         return write_failure(path, error, safe)
+
+
+def _is_manifest(value: dict[str, Any]) -> bool:
+    """Whether a document has the shape that everything that reads a manifest relies on."""
+    kinds = {"identity": dict, "descr": dict, "summary": dict, "attempts": list}
+    if not all(isinstance(value.get(key, kind()), kind) for key, kind in kinds.items()):
+        return False
+    descr, attempts = value.get("descr", {}), value.get("attempts", [])
+    marks = descr.get("ablation") or []
+    entries = [*attempts, *marks] if isinstance(marks, list) else [None]
+    return all(isinstance(descr.get(key), str) for key in ("suite", "method")) and all(
+        isinstance(entry, dict) for entry in entries
+    )
 
 
 def _now() -> str:

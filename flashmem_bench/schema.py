@@ -20,7 +20,7 @@ with ``metric.`` (``metric.rouge1``), and each becomes one row of ``metrics``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -739,6 +739,29 @@ def column_names(columns: Sequence[Column]) -> list[str]:
 def find_column(name: str) -> list[tuple[str, Column]]:
     """All columns of that name as (table, column) pairs; empty when there is none."""
     return [(table, column) for table, columns in TABLES.items() for column in columns if column.name == name]
+
+
+_TYPES: dict[str, tuple[type, ...]] = {"string": (str,), "int": (int,), "float": (float, int), "bool": (bool,)}
+
+
+def wrong_type(row: Mapping[str, Any]) -> str | None:
+    """Name of the first sample column whose value is not of its type; None where all are."""
+    for column in SAMPLE_COLUMNS:
+        value = row.get(column.name)
+        if value is not None and type(value) not in _TYPES[column.dtype]:
+            return column.name
+    return None
+
+
+_TEXT_TYPES: dict[str, type] = {
+    "prompt": str, "text": str, "tokens": list, "triggers": list, "entropies": list, "output_entropies": list,
+}  # fmt: skip
+
+
+def wrong_text_type(text: Mapping[str, Any]) -> str | None:
+    """Name of the first entry of a text record whose value is not of its type; None where all are."""
+    odd = (name for name, kind in _TEXT_TYPES.items() if not isinstance(text.get(name, kind()), kind))
+    return next(odd, None)
 
 
 def blank_sample() -> dict[str, Any]:
