@@ -93,13 +93,13 @@ class Claim:
     refers to it any more, or at the normal end of the process.
     """
 
-    def __init__(self, folder: Path, number: int, period_s: float):
+    def __init__(self, folder: Path, number: int, token: str, period_s: float):
         self.folder, self.number, self.period_s = folder, number, period_s
+        self._token = token.encode()
         self.users = 1
         self._path = _path(folder, number)
         self._pid = os.getpid()
         self._owner = os.open(self._path / _OWNER, os.O_RDONLY)
-        self._identity = _file_identity(os.fstat(self._owner))
         self._give_up = weakref.finalize(self, _give_up, self._path, self._owner, self._pid)
 
     @classmethod
@@ -121,7 +121,7 @@ class Claim:
             if known is not None and known.is_held():
                 known.users += 1
                 return known
-            claim = cls(folder, _place(folder, expiry_s), period_s)
+            claim = cls(folder, *_place(folder, expiry_s), period_s)
             _process.claims[folder] = claim
             _process.beat()
         _tidy(folder, claim.number)
@@ -132,14 +132,11 @@ class Claim:
         if not self._give_up.alive or self._pid != os.getpid() or _newest(self.folder) != self.number:
             return False
         try:
-            # Opened rather than asked for its status: a network file system then asks its server.
-            handle = os.open(self._path / _OWNER, os.O_RDONLY)
+            # Read rather than asked for its status: a network file system then asks its server, and may number its
+            # files anew at any time.
+            return self._token in (self._path / _OWNER).read_bytes()
         except OSError:
             return False
-        try:
-            return _file_identity(os.fstat(handle)) == self._identity
-        finally:
-            os.close(handle)
 
     def check(self) -> None:
         """Make sure before a write that nobody took the claim over.
@@ -174,10 +171,6 @@ def _path(folder: Path, number: int) -> Path:
     return folder / f".claim.{number:08d}"
 
 
-def _file_identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
-
-
 def _newest(folder: Path) -> int:
     """Return the number of the claim that counts, 0 where there never was one."""
     try:
@@ -188,22 +181,22 @@ def _newest(folder: Path) -> int:
     return max((int(match[1]) for match in found if match), default=0)
 
 
-def _place(folder: Path, expiry_s: float) -> int:
-    """Put a claim of this process into place and return its number."""
+def _place(folder: Path, expiry_s: float) -> tuple[int, str]:
+    """Put a claim of this process into place and return its number and token."""
     for _ in range(_TRIES):
-        draft = _draft(folder, expiry_s)
+        token = secrets.token_hex(8)
+        draft = _draft(folder, token, expiry_s)
         try:
             number = _place_next(folder, draft, expiry_s)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         if number:
-            return number
+            return number, token
     raise ClaimHeld(None, 0.0, expiry_s)
 
 
-def _draft(folder: Path, expiry_s: float) -> Path:
+def _draft(folder: Path, token: str, expiry_s: float) -> Path:
     """Make a whole claim under a name that nobody else has."""
-    token = secrets.token_hex(8)
     owner = {
         "token": token,
         "pid": os.getpid(),

@@ -154,6 +154,25 @@ def test_a_number_that_another_process_got_meanwhile_is_no_sign_of_life(tmp_path
     Claim.take(tmp_path).release()
 
 
+def test_a_process_that_may_not_be_looked_at_counts_as_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hidden(*_: object, **__: object) -> str:
+        raise FileNotFoundError
+
+    def refused(pid: int, number: int) -> None:
+        raise PermissionError
+
+    owner(tmp_path, pid=os.getppid(), started="ticks 1", machine=machine_digest())
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", hidden)
+        patch.setattr(os, "kill", refused)
+        assert process_start(os.getppid()) == "unknown"
+    with monkeypatch.context() as patch:
+        patch.setattr(lease, "process_start", lambda pid: "unknown")
+        with pytest.raises(ClaimHeld):
+            Claim.take(tmp_path)
+    assert process_start(0) is None and process_start(2**22 + 1) is None
+
+
 def test_a_live_process_of_this_machine_keeps_its_claim(tmp_path: Path) -> None:
     owner(tmp_path, pid=os.getppid(), started=process_start(os.getppid()), machine=machine_digest(), age_s=50)
     with pytest.raises(ClaimHeld, match="last sign of life 50 s ago"):
