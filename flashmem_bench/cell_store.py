@@ -371,11 +371,13 @@ def _is_manifest(value: dict[str, Any]) -> bool:
     kinds = {"identity": dict, "descr": dict, "summary": dict, "attempts": list}
     if not all(isinstance(value.get(key, kind()), kind) for key, kind in kinds.items()):
         return False
-    descr, attempts = value.get("descr", {}), value.get("attempts", [])
+    descr = value.get("descr", {})
     marks = descr.get("ablation") or []
-    entries = [*attempts, *marks] if isinstance(marks, list) else [None]
-    return all(isinstance(descr.get(key), str) for key in ("suite", "method")) and all(
-        isinstance(entry, dict) for entry in entries
+    return (
+        all(isinstance(descr.get(key), str) for key in ("suite", "method"))
+        and all(isinstance(entry, dict) for entry in value.get("attempts", []))
+        and isinstance(marks, list)
+        and all(isinstance(mark, dict) and isinstance(mark.get("axis"), str) and "value" in mark for mark in marks)
     )
 
 

@@ -745,12 +745,17 @@ _TYPES: dict[str, tuple[type, ...]] = {"string": (str,), "int": (int,), "float":
 
 
 def wrong_type(row: Mapping[str, Any]) -> str | None:
-    """Name of the first sample column whose value is not of its type; None where all are."""
-    for column in SAMPLE_COLUMNS:
-        value = row.get(column.name)
-        if value is not None and type(value) not in _TYPES[column.dtype]:
-            return column.name
-    return None
+    """Name of the first sample column, or further metric, whose value is not of its type; None where all are."""
+    odd = (column.name for column in SAMPLE_COLUMNS if not _is_of(row.get(column.name), column.dtype))
+    metrics = (key for key, value in row.items() if key.startswith(METRIC_PREFIX) and not _is_of(value, "float"))
+    return next(odd, None) or next(metrics, None)
+
+
+def _is_of(value: Any, dtype: DType) -> bool:
+    if value is None:
+        return True
+    # A table holds whole numbers of 64 bits.
+    return type(value) in _TYPES[dtype] and (type(value) is not int or -(2**63) <= value < 2**63)
 
 
 _TEXT_TYPES: dict[str, type] = {

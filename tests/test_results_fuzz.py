@@ -24,7 +24,7 @@ JSON = st.recursive(
 NAMES = ("SCHEMA.json", "manifest.json", "samples.jsonl", "texts.jsonl")
 KEYS = st.sampled_from(
     "identity descr summary attempts suite method direct schema_version ablation index score e2e_ms attempt "
-    "timing_valid sample_id text triggers tokens entropies device".split()
+    "timing_valid sample_id text triggers tokens entropies device metric.exact".split()
 )
 
 
@@ -58,7 +58,7 @@ def with_content(results: Path, name: str, content: bytes) -> None:
         path.write_bytes(before)
 
 
-FUZZ = settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+FUZZ = settings(deadline=None, max_examples=30, suppress_health_check=list(HealthCheck))
 
 
 @FUZZ
@@ -78,6 +78,11 @@ def test_any_document_in_any_file(results: Path, name: str, value: object) -> No
 @FUZZ
 @given(st.sampled_from(NAMES), KEYS, JSON, st.integers(0, 2))
 @example("manifest.json", "descr", 5, 0)
+@example("manifest.json", "ablation", [{}], 0)
+@example("samples.jsonl", "metric.exact", "x", 2)
+@example("samples.jsonl", "metric.exact", None, 2)
+@example("samples.jsonl", "score", 10**400, 0)
+@example("samples.jsonl", "attempt", 2**63, 0)
 @example("samples.jsonl", "index", "x", 1)
 @example("samples.jsonl", "sample_id", [], 1)
 def test_any_value_in_the_place_of_any_other(results: Path, name: str, key: str, value: object, line: int) -> None:
