@@ -12,12 +12,13 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashmem_bench.checkpoints import HARM_LIMIT, JOINT, harm_of, read_record
 from flashmem_bench.errors import BenchError, UsageError
+from flashmem_bench.limits import Limits
 from flashmem_bench.models import model_key
 from flashmem_bench.recipes import Recipe
 from flashmem_bench.registry import get_methods
@@ -72,6 +73,8 @@ class Place:
     command: str = ""
     allow_code_execution: bool = False
     allow_uncontained_code: bool = False
+    workers: int = 1
+    limits: Limits = field(default_factory=Limits)
 
 
 class Parts:
@@ -103,6 +106,8 @@ class Parts:
             allow_code_execution=place.allow_code_execution,
             allow_uncontained_code=place.allow_uncontained_code,
             results_dir=place.results_dir,
+            workers=place.workers,
+            limits=place.limits,
             command=place.command,
             **more,
         )
@@ -340,7 +345,7 @@ def commands(name: str, parts: Parts) -> list[str]:
         line += ["--batch-size", str(recipe.run.batch_size)]
         line += ["--limit", str(recipe.run.limit)] if recipe.run.limit else []
         line += ["--checkpoint", str(arm.checkpoint)] if arm.checkpoint else []
-        lines.append([*line, *common, *options, *_code_options(place)])
+        lines.append([*line, *common, *options, *_code_options(place), *_worker_options(place)])
     lines.append(["flashmem-bench", "report", "--results-dir", str(place.results_dir)])
     return [shlex.join(line) for line in lines]
 
@@ -356,6 +361,14 @@ def _code_options(place: Place) -> list[str]:
     """What commands that grade need beside; calibrating does not grade."""
     options = ["--allow-code-execution"] if place.allow_code_execution else []
     return options + (["--allow-uncontained-code"] if place.allow_uncontained_code else [])
+
+
+def _worker_options(place: Place) -> list[str]:
+    options = ["--workers", str(place.workers)] if place.workers > 1 else []
+    for name, value in vars(place.limits).items():
+        if value != getattr(Limits(), name):
+            options += [f"--{name.replace('_', '-')}", f"{value:g}"]
+    return options
 
 
 def arms(recipe: Recipe, results_dir: Path) -> Iterator[Arms]:

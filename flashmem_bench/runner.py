@@ -7,7 +7,7 @@ again, and a larger `--limit` extends the cell.
 Who answers is an executor's business (`executors`): this process or others. A batch of neighbours is made of the
 suite's order whatever is done already, so that it has the same members in every attempt.
 
-Ctrl-C lets the samples in progress finish; a second one does not wait.
+Ctrl-C, or SIGTERM, lets the samples in progress finish; a second one does not wait.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from flashmem_bench.equality import why_equal
 from flashmem_bench.executors.base import Executor, Work
 from flashmem_bench.executors.here import Here
 from flashmem_bench.interrupts import Interrupted, Stop, interruptible
+from flashmem_bench.limits import TooManyErrors
 from flashmem_bench.prepare import CellPlan, preflight, read_reference
 from flashmem_bench.progress import Progress, Silent
 from flashmem_bench.registry import get_methods
@@ -38,8 +39,9 @@ class CellResult:
     """What became of one cell.
 
     Attributes:
-        status: complete, partial (some samples failed) or failed (all did, or the cell could not begin).
+        status: complete, partial (some samples failed, or have no row) or failed (all did).
         error: The first error sentence.
+        stopped: Why samples have no row; None where all have one.
     """
 
     suite: str
@@ -48,6 +50,7 @@ class CellResult:
     status: str
     rows: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
+    stopped: str | None = None
     new_samples: int = 0
     summary: dict[str, Any] = field(default_factory=dict)
 
@@ -68,8 +71,8 @@ def run_grid(
         descr: Added to the description of every cell, such as the ablation that it belongs to.
 
     Raises:
-        FlashMemError: A mistake that concerns the whole request.
-        Interrupted: The user pressed Ctrl-C.
+        FlashMemError: A mistake that concerns the whole request, or too many samples failed.
+        Interrupted: The user pressed Ctrl-C, or a scheduler sent SIGTERM.
     """
     session = session or Session(request)
     progress = progress or Silent()
@@ -79,12 +82,26 @@ def run_grid(
     referred = get_methods(spec.reference for spec in specs if spec.reference)
     for note in preflight(session, request.suites, [*specs, *referred]):
         progress.note(note)
-    with interruptible() as stop, closing(Here(session)) as executor:
-        grid = _Grid(session, executor, progress, stop, descr or {})
-        for suite in dict.fromkeys(request.suites):
-            for spec in specs:
-                grid.run(suite, spec.name)
+    with interruptible() as stop:
+        try:
+            with closing(executor_for(session, stop)) as executor:
+                grid = _Grid(session, executor, progress, stop, descr or {})
+                for suite in dict.fromkeys(request.suites):
+                    for spec in specs:
+                        grid.run(suite, spec.name)
+        except KeyboardInterrupt:
+            raise Interrupted(stop.signum) from None
     return list(grid.results.values())
+
+
+def executor_for(session: Session, stop: Stop) -> Executor:
+    """Return who answers a request: this process, unless there are several or one that can be stopped is needed."""
+    request = session.request
+    if request.workers == 1 and not request.limits.need_a_process:
+        return Here(session)
+    from flashmem_bench.executors.local import Local
+
+    return Local(session, stop)
 
 
 class _Grid:
@@ -150,7 +167,8 @@ class _CellRun:
         self._ids = {index: samples[index].sample_id for index in chosen}
         done = {row["sample_id"] for row in cell.rows() if row.get("error") is None}
         self.missing = frozenset(index for index, name in self._ids.items() if name not in done)
-        self.finished = 0
+        self.finished = self.failed = 0
+        self._way: dict[str, Any] = {}
 
     @property
     def total(self) -> int:
@@ -162,28 +180,55 @@ class _CellRun:
 
         Raises:
             Interrupted: The user asked to stop.
+            TooManyErrors: See `Limits.fail_on_error`.
         """
         pending = [batch for batch in self._batches if not self.missing.isdisjoint(batch)]
         work = Work(self.plan, pending, self.missing, self.stop)
         answers = self.executor.answers(work, self.progress.note)
-        info = {"command": self.session.request.command, **self.executor.environment()}
+        made_by = {"executor": self.executor.name, "workers": self.executor.workers}
+        info = {"command": self.session.request.command, **made_by, **self.executor.environment()}
         attempt = self.cell.begin_attempt(info)
         try:
             with RowWriter(self.cell) as writer, closing(answers):
                 for finished in answers:
                     self._store(writer, finished, attempt)
             if self.stop.asked:
-                raise Interrupted
+                raise Interrupted(self.stop.signum)
+            self._way = self.executor.summary()
         except BaseException:
             self.cell.finish(self._summary("partial"))
             raise
-        self.cell.finish(self._summary("complete"))
+        self.cell.finish(self._summary("partial" if self._stopped else "complete"))
 
     def _store(self, writer: RowWriter, finished: Finished, attempt: int) -> None:
         row = {**finished.row, "attempt": attempt}
-        writer.put(row, finished.text)
+        # A second Ctrl-C must not fall between a sample and its row.
+        with self.stop.shielded():
+            writer.put(row, finished.text)
         self.finished += 1
         self.progress.advance(row)
+        self._count_failure(row)
+        if self.stop.at_once:
+            raise KeyboardInterrupt
+
+    def _count_failure(self, row: Mapping[str, Any]) -> None:
+        if row.get("error") is None:
+            return
+        self.failed += 1
+        if self.failed == 1:
+            self.first_error = row["error"]
+        limits, request = self.session.request.limits, self.session.request
+        if limits.exceeded(self.failed, self.total):
+            raise TooManyErrors(
+                f"{self.failed} of {self.total} samples of {self.plan.suite.name} x {self.plan.spec.name} failed, more "
+                f"than --fail-on-error {limits.fail_on_error:g} allows; the first: {self.first_error.rstrip('.')}; "
+                f"everything finished is stored, and this goes on: {request.command}"
+            )
+
+    @property
+    def _stopped(self) -> str | None:
+        """Why the executor left samples; None where it left none."""
+        return self._way.get("stopped")
 
     def result(self) -> CellResult:
         """Return what the cell has now of the samples that were wanted."""
@@ -191,7 +236,9 @@ class _CellRun:
         # On disk they are in the order in which they were finished.
         rows = sorted((row for row in self.cell.rows() if row["sample_id"] in wanted), key=lambda row: row["index"])
         errors = [row["error"] for row in rows if row.get("error")]
-        status = "complete" if not errors else "failed" if len(errors) == len(rows) else "partial"
+        status = "partial" if self._stopped else "complete"
+        if errors:
+            status = "failed" if len(errors) == self.total else "partial"
         return CellResult(
             suite=self.plan.suite.name,
             method=self.plan.spec.name,
@@ -199,6 +246,7 @@ class _CellRun:
             status=status,
             rows=rows,
             error=errors[0] if errors else None,
+            stopped=self._stopped and f"{self._stopped}; {self.total - len(rows)} of {self.total} samples have no row",
             new_samples=self.finished,
             summary=self.cell.manifest.get("summary", {}),
         )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashmem_bench.claims import pin
 from flashmem_bench.errors import UsageError
+from flashmem_bench.limits import Limits
 from flashmem_bench.models import BUNDLED, load_backbone
 from flashmem_bench.settings import Settings, split_suite_settings
 from flashmem_bench.store import ResultStore
@@ -48,6 +49,8 @@ class Request:
         allow_code_execution: Grading may run programs that the model writes.
         allow_uncontained_code: It may do so where nothing keeps them in.
         calibrate_missing: Measure a threshold that is not there, instead of refusing (ablations of the monitor).
+        workers: Processes of this machine that answer.
+        limits: How long and how large samples may be, and how many may fail.
         command: The command line that continues this run.
     """
 
@@ -75,6 +78,8 @@ class Request:
     allow_code_execution: bool = False
     allow_uncontained_code: bool = False
     calibrate_missing: bool = False
+    workers: int = 1
+    limits: Limits = field(default_factory=Limits)
     command: str = ""
 
     def __post_init__(self) -> None:
@@ -84,6 +89,8 @@ class Request:
             raise UsageError(f"--batch-size must be 1 or more, not {self.batch_size}")
         if self.batch_size > 1 and (self.limit_sessions or self.questions_per_session):
             raise UsageError("--limit-sessions and --questions-per-session need --batch-size 1")
+        if self.workers < 1:
+            raise UsageError(f"--workers must be 1 or more, not {self.workers}")
         if self.truncate is not None and self.truncate not in TRUNCATIONS:
             raise UsageError(f"--truncate must be left or middle, not {self.truncate!r}")
         if self.placement not in PLACEMENTS:

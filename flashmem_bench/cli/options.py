@@ -10,11 +10,14 @@ import logging
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flashmem_bench.errors import UsageError
+
+if TYPE_CHECKING:
+    from flashmem_bench.limits import Limits
 
 _RUNNING, _DATA, _OUTPUT = "Running", "Data", "Output"
 
@@ -54,6 +57,23 @@ Truncate = Annotated[
 Match = Annotated[
     str, _option("--match", help="How random moments are matched: within or pooled.", metavar="HOW", panel=_RUNNING)
 ]
+Workers = Annotated[
+    str, _option("--workers", help="Processes: one a GPU, or several that share the cores (1).", metavar="N",
+                 panel=_RUNNING)
+]  # fmt: skip
+SampleTimeout = Annotated[
+    str | None, _option("--sample-timeout", help="A sample that takes longer fails.", metavar="SECONDS", panel=_RUNNING)
+]
+CellTimeout = Annotated[
+    str | None, _option("--cell-timeout", help="After so long, the next cell.", metavar="SECONDS", panel=_RUNNING)
+]
+WorkerMemory = Annotated[
+    str | None, _option("--worker-memory", help="A sample that needs more memory fails.", metavar="GIB", panel=_RUNNING)
+]
+FailOnError = Annotated[
+    str, _option("--fail-on-error", help="Stop when more than this share of a cell fails (1: never).",
+                 metavar="FRACTION", panel=_RUNNING)
+]  # fmt: skip
 DataDir = Annotated[
     Path | None, _option("--data-dir", help="Folder with <suite>/<file>.jsonl[.gz].", metavar="DIR", panel=_DATA)
 ]
@@ -115,6 +135,24 @@ def number(value: str | None, option: str) -> float | None:
     if not 0 < parsed < float("inf"):
         raise UsageError(f"{option} must be a number above 0, not {value!r}")
     return parsed
+
+
+def limits(
+    sample_timeout: str | None, cell_timeout: str | None, worker_memory: str | None, fail_on_error: str
+) -> Limits:
+    """Read the limits of a run."""
+    from flashmem_bench.limits import Limits
+
+    try:
+        share = float(fail_on_error)
+    except ValueError:
+        raise UsageError(f"--fail-on-error must be a share from 0 to 1, not {fail_on_error!r}") from None
+    return Limits(
+        number(sample_timeout, "--sample-timeout"),
+        number(cell_timeout, "--cell-timeout"),
+        number(worker_memory, "--worker-memory"),
+        share,
+    )
 
 
 def command_line() -> str:

@@ -31,6 +31,11 @@ def run(
     limit_sessions: o.LimitSessions = None,
     questions_per_session: o.QuestionsPerSession = None,
     no_prefix_reuse: o.NoPrefixReuse = False,
+    workers: o.Workers = "1",
+    sample_timeout: o.SampleTimeout = None,
+    cell_timeout: o.CellTimeout = None,
+    worker_memory: o.WorkerMemory = None,
+    fail_on_error: o.FailOnError = "1",
     trace: Annotated[
         bool,
         typer.Option("--trace", help="Keep the story of the first samples, for the report.", rich_help_panel="Output"),
@@ -82,6 +87,8 @@ def run(
         allow_code_execution=allow_code_execution,
         allow_uncontained_code=allow_uncontained_code,
         results_dir=results_dir,
+        workers=o.count(workers, "--workers") or 1,
+        limits=o.limits(sample_timeout, cell_timeout, worker_memory, fail_on_error),
         command=o.command_line(),
     )
     return execute(request, _stories(trace, trace_samples), json=json, quiet=quiet)
@@ -106,9 +113,9 @@ def execute(request: Request, stories: int, *, json: bool, quiet: bool) -> int:
     progress, session = progress_for(quiet), Session(request)
     try:
         results = run_grid(request, progress=progress, session=session)
-    except Interrupted:
-        o.say(f"interrupted; everything finished is stored. Continue with: {request.command}")
-        return 130
+    except Interrupted as interrupted:
+        o.say(interrupted.sentence(request.command))
+        return interrupted.exit_code
     traces = trace_cells(session, results, stories, progress.note) if stories else []
     return conclude(request, results, json=json, quiet=quiet, traces=traces)
 
@@ -124,11 +131,11 @@ def conclude(request: Any, results: list[CellResult], *, json: bool, quiet: bool
             o.say(f"{len(traces)} traces; flashmem-bench report makes a page of each")
     failed = [result for result in results if result.status != "complete"]
     for result in failed:
-        count = sum(1 for row in result.rows if row.get("error"))
-        o.say(
-            f"error: {count} of {len(result.rows)} samples of {result.suite} x {result.method} failed; "
-            f"the first: {result.error}"
-        )
+        name, count = f"{result.suite} x {result.method}", sum(1 for row in result.rows if row.get("error"))
+        if result.error:
+            o.say(f"error: {count} of {len(result.rows)} samples of {name} failed; the first: {result.error}")
+        if result.stopped:
+            o.say(f"error: {name}: {result.stopped}. Continue with: {request.command}")
     if not failed:
         return 0
     return 1 if all(result.status == "failed" for result in results) else 3
@@ -163,5 +170,6 @@ def _cell(result: CellResult) -> dict[str, Any]:
         "new_samples": result.new_samples,
         "score": sum(scores) / len(scores) if scores else None,
         "error": result.error,
+        "stopped": result.stopped,
         "why_equal": result.summary.get("why_equal"),
     }
