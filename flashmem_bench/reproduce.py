@@ -391,21 +391,22 @@ def run_arms(parts: Parts, progress: Any, say: Callable[[str], None]) -> list[Ce
     Raises:
         BenchError: A memory of the recipe is not there.
     """
-    from flashmem_bench.runner import run_grid
+    from flashmem_bench.runner import run_grid, worker_processes
 
     results: list[CellResult] = []
-    for arm in arms(parts.recipe, parts.place.results_dir):
-        if arm.checkpoint is not None:
-            say_harm(arm, say)
-        session = parts.session(
-            (arm.suite,),
-            arm.methods,
-            seed=arm.seed,
-            limit=parts.recipe.run.limit,
-            batch_size=parts.recipe.run.batch_size,
-            checkpoint=str(arm.checkpoint) if arm.checkpoint else None,
-        )
-        results += run_grid(session.request, progress=progress, session=session)
+    with worker_processes(parts.session((), ()).request) as workers:
+        for arm in arms(parts.recipe, parts.place.results_dir):
+            if arm.checkpoint is not None:
+                say_harm(arm, say)
+            session = parts.session(
+                (arm.suite,),
+                arm.methods,
+                seed=arm.seed,
+                limit=parts.recipe.run.limit,
+                batch_size=parts.recipe.run.batch_size,
+                checkpoint=str(arm.checkpoint) if arm.checkpoint else None,
+            )
+            results += run_grid(session.request, progress=progress, session=session, workers=workers)
     return results
 
 

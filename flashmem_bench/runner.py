@@ -12,8 +12,8 @@ Ctrl-C, or SIGTERM, lets the samples in progress finish; a second one does not w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from flashmem_bench.writer import RowWriter
 
 if TYPE_CHECKING:
     from flashmem_bench.answers import Finished
+    from flashmem_bench.executors.supervisor import Workers
     from flashmem_bench.store import CellStore
 
 
@@ -61,6 +62,7 @@ def run_grid(
     progress: Progress | None = None,
     session: Session | None = None,
     descr: Mapping[str, Any] | None = None,
+    workers: Workers | None = None,
 ) -> list[CellResult]:
     """Run every method on every suite of a request.
 
@@ -69,6 +71,7 @@ def run_grid(
         progress: Told what happens.
         session: Loaded parts to share with other calls; its request must name the same model and folders.
         descr: Added to the description of every cell, such as the ablation that it belongs to.
+        workers: Processes to share with other calls, see `worker_processes`.
 
     Raises:
         FlashMemError: A mistake that concerns the whole request, or too many samples failed.
@@ -84,7 +87,7 @@ def run_grid(
         progress.note(note)
     with interruptible() as stop:
         try:
-            with closing(executor_for(session, stop)) as executor:
+            with closing(executor_for(session, stop, workers)) as executor:
                 grid = _Grid(session, executor, progress, stop, descr or {})
                 for suite in dict.fromkeys(request.suites):
                     for spec in specs:
@@ -94,14 +97,25 @@ def run_grid(
     return list(grid.results.values())
 
 
-def executor_for(session: Session, stop: Stop) -> Executor:
-    """Return who answers a request: this process, unless there are several or one that can be stopped is needed."""
-    request = session.request
-    if request.workers == 1 and not request.limits.need_a_process:
+def executor_for(session: Session, stop: Stop, workers: Workers | None = None) -> Executor:
+    """Return who answers a request: this process, unless it asks for several or for one that can be stopped."""
+    if not session.request.in_processes:
         return Here(session)
     from flashmem_bench.executors.local import Local
 
-    return Local(session, stop)
+    return Local(session, stop, workers)
+
+
+@contextmanager
+def worker_processes(request: Request) -> Iterator[Workers | None]:
+    """Keep worker processes, and the backbone in each, from one `run_grid` to the next; None where none are needed."""
+    if not request.in_processes:
+        yield None
+        return
+    from flashmem_bench.executors.supervisor import Workers
+
+    with closing(Workers(request.workers, request.device)) as workers:
+        yield workers
 
 
 class _Grid:

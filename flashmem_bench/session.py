@@ -98,6 +98,11 @@ class Request:
         if self.match not in MATCHES:
             raise UsageError(f"--match must be within or pooled, not {self.match!r}")
 
+    @property
+    def in_processes(self) -> bool:
+        """Whether other processes answer: there are several, or one that a limit can end."""
+        return self.workers > 1 or self.limits.need_a_process
+
 
 class Session:
     """Lazily loaded parts of one command.

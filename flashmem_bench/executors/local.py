@@ -28,13 +28,15 @@ class Local:
     Args:
         session: Its request says how many workers there are and what limits they have; it loads suites alone.
         stop: Whether the user asked to stop.
+        workers: Processes that outlive this executor; by default it has its own.
     """
 
     name = "local"
 
-    def __init__(self, session: Session, stop: Stop):
-        self.session, self.stop, self.workers = session, stop, session.request.workers
-        self._workers = Workers(self.workers)
+    def __init__(self, session: Session, stop: Stop, workers: Workers | None = None):
+        request = session.request
+        self.session, self.stop, self.workers = session, stop, request.workers
+        self._workers, self._own = workers or Workers(request.workers, request.device), workers is None
         self._references: dict[str, Reference | None] = {}
         self._run: CellRun | None = None
 
@@ -60,7 +62,8 @@ class Local:
 
     def close(self) -> None:
         """See `Executor.close`."""
-        self._workers.close()
+        if self._own:
+            self._workers.close()
 
     def _ask(self, word: str, value: Any, note: Callable[[str], None]) -> Any:
         """Return what the first worker answers; another takes its place should it end."""

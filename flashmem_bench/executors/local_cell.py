@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Seconds between two looks at the limits and at Ctrl-C.
 _TICK_S = 0.1
+# Where so long lies between them, all was held up, as by Ctrl-Z or a machine that slept: that is nobody's time.
+_HELD_UP_S = 2.0
 
 
 class CellRun:
@@ -50,7 +52,7 @@ class CellRun:
         self._task = Task(plan.suite.name, plan.spec.name, plan.cell, reference, [], frozenset())
         self._said: set[str] = set()
         self._summaries: dict[Worker, dict[str, Any]] = {}
-        self._winding_up, self._since, self._looked = False, time.monotonic(), 0.0
+        self._winding_up, self._since, self._looked = False, 0.0, 0.0
 
     def finished(self) -> Generator[Finished]:
         """Yield each sample when its row has come.
@@ -58,7 +60,7 @@ class CellRun:
         Raises:
             FlashMemError: What would fail for every sample.
         """
-        self._since = time.monotonic()
+        self._since = self._looked = time.monotonic()
         with self.work.stop.shielded():
             try:
                 while self.pieces.left and (self._busy() or not self._winding_up):
@@ -128,12 +130,10 @@ class CellRun:
             self.workers.strike(fault)
         guilty = self.pieces.give_back(worker.piece, worker.begun, fault)
         names = ", ".join(self.samples[index].sample_id for index in guilty)
-        reason = fault.reason if fault.overdue is not None else f"its worker was {fault.reason}"
-        self._note(
-            f"{self._name}: {names or 'what was under way'}: {reason}; " + ("" if guilty else "it is asked again")
-        )
+        reason = fault.reason if fault.overdue is not None else f"a worker was {fault.reason}"
+        self._note(f"{self._name}: " + (f"{names}: {reason}" if guilty else f"{reason}; what it had is asked again"))
         for index in guilty:
-            error = reason if fault.overdue is not None else f"its worker was twice {fault.reason}"
+            error = fault.reason if fault.overdue is not None else f"its worker was twice {fault.reason}"
             yield self._marked(worker, failed(self.work.plan, index, self.samples[index], error))
 
     def _marked(self, worker: Worker, finished: Finished) -> Finished:
@@ -147,8 +147,13 @@ class CellRun:
     def _look(self) -> None:
         """Stop what the limits or the user forbid."""
         now = time.monotonic()
-        if now - self._looked < _TICK_S:
+        since_last = now - self._looked
+        if since_last < _TICK_S:
             return
+        if since_last > _HELD_UP_S:
+            self._since += since_last
+            for worker in self._busy():
+                worker.postpone(since_last)
         self._looked, stop, limit = now, self.work.stop, self.limits.cell_timeout
         if stop.asked and not self._winding_up:
             self._wind_up()

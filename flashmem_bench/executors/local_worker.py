@@ -23,7 +23,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -49,11 +49,15 @@ class Place:
         number: From 0.
         count: How many there are.
         log_level: Of this project's loggers.
+        folder: Where the one who asks is, for relative paths.
+        environment: The variables that it has now.
     """
 
     number: int
     count: int
     log_level: int = logging.WARNING
+    folder: str = "."
+    environment: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ def main(connection: Connection, place: Place) -> None:
     """Answer what is asked until the pipe ends."""
     _leave_signals_to_the_parent()
     _end_with_the_parent()
+    os.chdir(place.folder)
+    os.environ.update(place.environment or {})
     # What anybody prints here must not get between the lines of the command's own output.
     with suppress(OSError, ValueError):
         os.dup2(sys.stderr.fileno(), 1)

@@ -100,7 +100,7 @@ class Pieces:
             fault: Why it ended.
 
         Returns:
-            The samples that fail; the caller makes their rows.
+            The samples that fail: they are no longer left, and the caller makes their rows.
         """
         begun = sorted(self.left.intersection(under_way))
         for index in begun:
@@ -108,6 +108,7 @@ class Pieces:
         guilty = [index for index in begun if len(begun) == 1 and self._is_guilty(index, fault)]
         again = [Piece([[index]], frozenset([index]), True) for index in begun if index not in guilty]
         rest = _piece(piece.batches, self.left.difference(begun))
+        self.left.difference_update(guilty)
         self._waiting[:0] = [*again, *([rest] if rest is not None else [])]
         return guilty
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import signal
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
@@ -30,6 +33,8 @@ _KILLED = "ended by SIGKILL (the system does that where memory runs out)"
 _STRIKES = 3
 # The first generation of a worker also compiles, records and allocates: it may take so many times as long.
 _WARM_UP = 10
+# Where there is a device that is no CPU: NVIDIA's, AMD's, Intel's.
+_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dri")
 
 
 @dataclass(eq=False)
@@ -71,6 +76,10 @@ class Worker:
         self.warming, self.answering = warming, self.answering or not warming
         self.begun.update(dict.fromkeys(indices, time.monotonic()))
 
+    def postpone(self, seconds: float) -> None:
+        """Take time in which nothing ran off what the samples under way have taken."""
+        self.begun = {index: since + seconds for index, since in self.begun.items()}
+
     def check(self, memory: float | None, timeout: float | None = None) -> None:
         """Stop it if it needs more than so much memory in GiB, or longer for a sample than so many seconds."""
         if timeout is not None and (overdue := self._overdue(timeout * (_WARM_UP if self.warming else 1))):
@@ -101,6 +110,19 @@ class Worker:
         return Fault(f"ended with exit code {code}")
 
 
+def _context(device: str) -> Any:
+    """Return how processes are started: for a CPU from one that has imported what takes long, else anew.
+
+    A driver that was asked anything, as a package may do while it is imported, is of no use to a fork.
+    """
+    others = device != "cpu" and any(Path(path).exists() for path in _DRIVERS)
+    if sys.platform != "linux" or others:
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["flashmem_bench.executors.preload"])
+    return context
+
+
 @dataclass(frozen=True)
 class Event:
     """Something that a worker has told; see `local_worker`, and `gone`."""
@@ -115,11 +137,12 @@ class Workers:
 
     Args:
         count: How many there may be.
+        device: The request's.
     """
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, device: str = "auto"):
         self.count = count
-        self._context = multiprocessing.get_context("spawn")
+        self._context = _context(device)
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._alive: dict[int, Worker] = {}
         self._readers: dict[int, Thread] = {}
@@ -185,7 +208,8 @@ class Workers:
 
     def _start(self, number: int) -> None:
         ours, theirs = self._context.Pipe()
-        place = Place(number, self.count, logging.getLogger("flashmem_bench").level)
+        level = logging.getLogger("flashmem_bench").level
+        place = Place(number, self.count, level, os.getcwd(), dict(os.environ))
         process = self._context.Process(target=main, args=(theirs, place), name=f"worker {number}")
         # A Ctrl-C that comes before the worker can handle it would end it with a traceback.
         held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
