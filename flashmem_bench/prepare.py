@@ -255,7 +255,9 @@ def _bank(
         return None
     parts = _memory_parts(session, spec, context, checkpoint)
     name = bank_hash(parts)
-    context.bank = find_or_make_bank(session.request.results_dir, name, context, note)
+    request = session.request
+    folders = list(dict.fromkeys([request.own_dir, request.results_dir]))
+    context.bank = find_or_make_bank(folders, name, context, note)
     return name
 
 

@@ -12,26 +12,30 @@ Ctrl-C, or SIGTERM, lets the samples in progress finish; a second one does not w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from flashmem_bench.equality import why_equal
 from flashmem_bench.executors.base import Executor, Work
 from flashmem_bench.executors.here import Here
 from flashmem_bench.interrupts import Interrupted, Stop, interruptible
 from flashmem_bench.limits import TooManyErrors
-from flashmem_bench.prepare import CellPlan, preflight, read_reference
+from flashmem_bench.matching import needs_all, reference_for
+from flashmem_bench.prepare import CellPlan, preflight
 from flashmem_bench.progress import Progress, Silent
 from flashmem_bench.registry import get_methods
-from flashmem_bench.selection import batches_of
+from flashmem_bench.selection import batches_of, share_of
 from flashmem_bench.session import Request, Session
+from flashmem_bench.summary import cell_summary
 from flashmem_bench.writer import RowWriter
 
 if TYPE_CHECKING:
     from flashmem_bench.answers import Finished
     from flashmem_bench.executors.supervisor import Workers
+    from flashmem_bench.methods.base import MethodSpec
     from flashmem_bench.store import CellStore
 
 
@@ -89,9 +93,8 @@ def run_grid(
         try:
             with closing(executor_for(session, stop, workers)) as executor:
                 grid = _Grid(session, executor, progress, stop, descr or {})
-                for suite in dict.fromkeys(request.suites):
-                    for spec in specs:
-                        grid.run(suite, spec.name)
+                for suite, spec in _order(request, specs):
+                    grid.run(suite, spec.name)
         except KeyboardInterrupt:
             raise Interrupted(stop.signum) from None
     return list(grid.results.values())
@@ -118,6 +121,14 @@ def worker_processes(request: Request) -> Iterator[Workers | None]:
         yield workers
 
 
+def _order(request: Request, specs: Sequence[MethodSpec]) -> list[tuple[str, MethodSpec]]:
+    """Return the cells in their order. What a shard alone may be unable to run comes last."""
+    cells = list(itertools.product(dict.fromkeys(request.suites), specs))
+    if request.shard is None:
+        return cells
+    return sorted(cells, key=lambda cell: needs_all(cell[1], request.match))
+
+
 class _Grid:
     """The cells of a request; a method that is matched to another comes after it."""
 
@@ -136,8 +147,7 @@ class _Grid:
         (spec,) = get_methods([method])
         session = self.session
         wanted = self.results[suite, spec.reference].cell if spec.reference else None
-        found = [cell for cell in session.store.cells() if cell.cell_id == wanted]
-        reference = read_reference(session, suite, found[0]) if found else None
+        reference = reference_for(session, suite, spec, wanted)
         plan = self.executor.plan(suite, method, reference, self.progress.note)
         plan.descr.update(self._description(method))
         return run_cell(session, plan, self.progress, self.stop, self.executor)
@@ -156,8 +166,9 @@ def run_cell(
     executor: Executor | None = None,
 ) -> CellResult:
     """Run the samples of one cell that are still missing and describe the whole cell."""
-    cell = session.store.open_cell(plan.identity, plan.descr)
-    run = _CellRun(session, plan, cell, progress, stop or Stop(), executor or Here(session))
+    chosen = _Chosen.of(session, plan)
+    cell = session.store.open_cell(plan.identity, {**plan.descr, **chosen.shard})
+    run = _CellRun(session, plan, chosen, cell, progress, stop or Stop(), executor or Here(session))
     progress.start(f"{plan.suite.name} x {plan.spec.name}", run.total, run.total - len(run.missing))
     try:
         if run.missing:
@@ -168,17 +179,46 @@ def run_cell(
     return run.result()
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    """The samples that a request wants of a cell.
+
+    Attributes:
+        ids: Sample ids by index.
+        batches: Indices that are answered together; see `selection.batches_of`.
+        shard: Which part of how many samples they are; empty where they are all.
+    """
+
+    ids: dict[int, str]
+    batches: list[list[int]]
+    shard: dict[str, Any]
+
+    @classmethod
+    def of(cls, session: Session, plan: CellPlan) -> _Chosen:
+        request, samples = session.request, plan.suite.samples(session.request.split)
+        wanted, batches = batches_of(request, samples.sessions(), plan.suite.name)
+        mine, batches = share_of(request, batches, wanted, samples)
+        part = request.shard
+        of = {"index": part.index, "count": part.count, "samples": len(mine), "of": len(wanted)} if part else None
+        return cls({index: samples[index].sample_id for index in mine}, batches, {"shard": of} if of else {})
+
+
 class _CellRun:
     """One attempt at what is missing of a cell."""
 
     def __init__(
-        self, session: Session, plan: CellPlan, cell: CellStore, progress: Progress, stop: Stop, executor: Executor
+        self,
+        session: Session,
+        plan: CellPlan,
+        chosen: _Chosen,
+        cell: CellStore,
+        progress: Progress,
+        stop: Stop,
+        executor: Executor,
     ):
         self.session, self.plan, self.cell = session, plan, cell
         self.progress, self.stop, self.executor = progress, stop, executor
-        samples = plan.suite.samples(session.request.split)
-        chosen, self._batches = batches_of(session.request, samples.sessions(), plan.suite.name)
-        self._ids = {index: samples[index].sample_id for index in chosen}
+        self._ids, self._batches, self._shard = chosen.ids, chosen.batches, chosen.shard
         done = {row["sample_id"] for row in cell.rows() if row.get("error") is None}
         self.missing = frozenset(index for index, name in self._ids.items() if name not in done)
         self.finished = self.failed = 0
@@ -200,7 +240,9 @@ class _CellRun:
         work = Work(self.plan, pending, self.missing, self.stop)
         answers = self.executor.answers(work, self.progress.note)
         made_by = {"executor": self.executor.name, "workers": self.executor.workers}
-        info = {"command": self.session.request.command, **made_by, **self.executor.environment()}
+        # The token tells attempts apart when the cells of several folders are merged.
+        known = {"command": self.session.request.command, "token": secrets.token_hex(8), **self._shard, **made_by}
+        info = {**known, **self.executor.environment()}
         attempt = self.cell.begin_attempt(info)
         try:
             with RowWriter(self.cell) as writer, closing(answers):
@@ -266,15 +308,4 @@ class _CellRun:
         )
 
     def _summary(self, status: str) -> dict[str, Any]:
-        rows = sorted(self.cell.rows(), key=lambda row: row["index"])
-        scores = [row["score"] for row in rows if row.get("score") is not None and row.get("score_valid")]
-        errors = [row["error"] for row in rows if row.get("error")]
-        return {
-            "status": "partial" if errors else status,
-            "n": len(rows),
-            "score": sum(scores) / len(scores) if scores else None,
-            "errors": len(errors),
-            "triggers": sum(row["triggers"] or 0 for row in rows),
-            "why_equal": why_equal(self.session.store, self.cell, rows),
-            **self.executor.summary(),
-        }
+        return {**cell_summary(self.session.store, self.cell, status), **self.executor.summary()}

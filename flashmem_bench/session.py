@@ -18,6 +18,7 @@ from flashmem_bench.errors import UsageError
 from flashmem_bench.limits import Limits
 from flashmem_bench.models import BUNDLED, load_backbone
 from flashmem_bench.settings import Settings, split_suite_settings
+from flashmem_bench.shards import Shard
 from flashmem_bench.store import ResultStore
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Request:
         match: How a random trigger is matched to its flashmem cell.
         allow_code_execution: Grading may run programs that the model writes.
         allow_uncontained_code: It may do so where nothing keeps them in.
+        shard: The part of the samples that is answered; None = all.
+        rows_dir: Results folder for rows and banks; None = `results_dir`, where memories and thresholds always are.
         calibrate_missing: Measure a threshold that is not there, instead of refusing (ablations of the monitor).
         workers: Processes of this machine that answer.
         limits: How long and how large samples may be, and how many may fail.
@@ -77,6 +80,8 @@ class Request:
     trust_suite: bool = False
     allow_code_execution: bool = False
     allow_uncontained_code: bool = False
+    shard: Shard | None = None
+    rows_dir: Path | None = None
     calibrate_missing: bool = False
     workers: int = 1
     limits: Limits = field(default_factory=Limits)
@@ -103,6 +108,11 @@ class Request:
         """Whether other processes answer: there are several, or one that a limit can end."""
         return self.workers > 1 or self.limits.need_a_process
 
+    @property
+    def own_dir(self) -> Path:
+        """The results folder that this command writes."""
+        return self.rows_dir if self.rows_dir is not None else self.results_dir
+
 
 class Session:
     """Lazily loaded parts of one command.
@@ -122,7 +132,7 @@ class Session:
     @cached_property
     def store(self) -> ResultStore:
         """The results folder; a new one fixes the margins of the claims before its first run."""
-        store = ResultStore(self.request.results_dir)
+        store = ResultStore(self.request.own_dir)
         pin(store.root, datetime.now(UTC).isoformat(timespec="seconds"))
         return store
 

@@ -24,7 +24,8 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -243,6 +244,29 @@ class CellStore:
             self._save(manifest)
         finally:
             # The open file is the one that was replaced.
+            self.close()
+
+    def append_many(self, samples: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+        """Write finished samples, see `append`."""
+        for row, text in samples:
+            self.append(row, text)
+
+    def amend(self, **entries: Any) -> None:
+        """Replace entries of the manifest, such as `attempts` or `summary`; the others stay."""
+        self._open_for_writing()
+        self._save({**self.manifest, **entries})
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep all other processes from writing the cell.
+
+        Raises:
+            StoreError: another process writes it.
+        """
+        self._open_for_writing()
+        try:
+            yield
+        finally:
             self.close()
 
     def close(self) -> None:

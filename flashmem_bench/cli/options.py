@@ -9,8 +9,10 @@ import json
 import logging
 import shlex
 import sys
+from collections.abc import Callable
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -93,6 +95,40 @@ Quiet = Annotated[bool, _option("--quiet", "-q", help="No progress and no tables
 Debug = Annotated[bool, _option("--debug", help="Log everything; tracebacks.", panel=_OUTPUT)]
 
 DEFAULT_RESULTS = Path("results")
+
+
+def reads(read: Callable[..., Any]) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Make a command whose options are those of `read`; several commands may share one list of options.
+
+    Args:
+        read: Its parameters are the options; the command gets what it returns as its first argument.
+
+    Returns:
+        A decorator; further parameters of the command are options of its own.
+    """
+
+    def decorate(command: Callable[..., int]) -> Callable[..., int]:
+        own = _parameters(command)[1:]
+
+        def run(**values: Any) -> int:
+            mine = {parameter.name: values.pop(parameter.name) for parameter in own}
+            return command(read(**values), **mine)
+
+        parameters = [*own, *_parameters(read)]
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def _parameters(function: Callable[..., Any]) -> list[Parameter]:
+    hints = get_type_hints(function, include_extras=True)
+    return [
+        parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=hints[name])
+        for name, parameter in signature(function).parameters.items()
+    ]
 
 
 def split_list(values: list[str] | None) -> tuple[str, ...]:

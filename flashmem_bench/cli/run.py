@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,21 @@ if TYPE_CHECKING:
     from flashmem_bench.session import Request
 
 
-def run(
+@dataclass(frozen=True)
+class Asked:
+    """What the command line asked for.
+
+    Attributes:
+        stories: How many samples of each cell are traced.
+    """
+
+    request: Request
+    stories: int
+    json: bool
+    quiet: bool
+
+
+def asked(
     suite: o.Suites = None,
     method: o.Methods = None,
     model: o.Model = "flashmem-tiny",
@@ -55,11 +70,8 @@ def run(
     json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
-) -> int:
-    """Run methods on suites. The same command continues where it stopped.
-
-    Example: flashmem-bench run --suite wordmath --method vanilla,flashmem --limit 50
-    """
+) -> Asked:
+    """Read the options of every command that runs the grid."""
     o.set_up_logging(debug)
     from flashmem_bench.registry import get_methods
     from flashmem_bench.session import Request
@@ -91,7 +103,16 @@ def run(
         limits=o.limits(sample_timeout, cell_timeout, worker_memory, fail_on_error),
         command=o.command_line(),
     )
-    return execute(request, _stories(trace, trace_samples), json=json, quiet=quiet)
+    return Asked(request, _stories(trace, trace_samples), json, quiet)
+
+
+@o.reads(asked)
+def run(asked: Asked) -> int:
+    """Run methods on suites. The same command continues where it stopped.
+
+    Example: flashmem-bench run --suite wordmath --method vanilla,flashmem --limit 50
+    """
+    return execute(asked)
 
 
 def _stories(trace: bool, samples: str | None) -> int:
@@ -102,7 +123,7 @@ def _stories(trace: bool, samples: str | None) -> int:
     return named if named is not None else DEFAULT_SAMPLES if trace else 0
 
 
-def execute(request: Request, stories: int, *, json: bool, quiet: bool) -> int:
+def execute(asked: Asked) -> int:
     """Run a request, trace the first samples of its cells, show its table and return the exit code."""
     from flashmem_bench.interrupts import Interrupted
     from flashmem_bench.progress import progress_for
@@ -110,20 +131,21 @@ def execute(request: Request, stories: int, *, json: bool, quiet: bool) -> int:
     from flashmem_bench.session import Session
     from flashmem_bench.tracing import trace_cells
 
-    progress, session = progress_for(quiet), Session(request)
+    request = asked.request
+    progress, session = progress_for(asked.quiet), Session(request)
     try:
         results = run_grid(request, progress=progress, session=session)
     except Interrupted as interrupted:
         o.say(interrupted.sentence(request.command))
         return interrupted.exit_code
-    traces = trace_cells(session, results, stories, progress.note) if stories else []
-    return conclude(request, results, json=json, quiet=quiet, traces=traces)
+    traces = trace_cells(session, results, asked.stories, progress.note) if asked.stories else []
+    return conclude(request, results, json=asked.json, quiet=asked.quiet, traces=traces)
 
 
 def conclude(request: Any, results: list[CellResult], *, json: bool, quiet: bool, traces: Sequence[Path] = ()) -> int:
     """Show what became of the cells and return the exit code of the command."""
     if json:
-        document = {"results_dir": str(request.results_dir), "cells": [_cell(result) for result in results]}
+        document = {"results_dir": str(request.own_dir), "cells": [_cell(result) for result in results]}
         o.emit_json({**document, "traces": [str(path) for path in traces]} if traces else document)
     elif not quiet:
         show(request, results)
@@ -149,14 +171,14 @@ def show(request: Any, results: list[CellResult]) -> None:
 
     console = o.console()
     ours = {result.cell for result in results}
-    tables = build_tables(ResultStore(request.results_dir))
+    tables = build_tables(ResultStore(request.own_dir))
     runs = tables["runs"]
     console.print(runs_table(runs[runs["cell"].isin(ours)]))
     for result in results:
         why = result.summary.get("why_equal")
         if why:
             console.print(f"{result.suite} x {result.method}: texts equal vanilla's: {why}", highlight=False)
-    console.print(f"results in {request.results_dir.resolve()}", highlight=False, soft_wrap=True)
+    console.print(f"results in {request.own_dir.resolve()}", highlight=False, soft_wrap=True)
 
 
 def _cell(result: CellResult) -> dict[str, Any]:
