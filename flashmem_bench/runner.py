@@ -102,6 +102,10 @@ def run_grid(
 
 def executor_for(session: Session, stop: Stop, workers: Workers | None = None) -> Executor:
     """Return who answers a request: this process, unless it asks for several or for one that can be stopped."""
+    if session.request.executor == "ray":
+        from flashmem_bench.executors.ray_cluster import RayCluster
+
+        return RayCluster(session, stop)
     if not session.request.in_processes:
         return Here(session)
     from flashmem_bench.executors.local import Local

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 TRUNCATIONS = ("left", "middle")
 MATCHES = ("within", "pooled")
+EXECUTORS = ("local", "ray")
 PLACEMENTS = ("single", "auto")
 
 
@@ -53,6 +54,9 @@ class Request:
         rows_dir: Results folder for rows and banks; None = `results_dir`, where memories and thresholds always are.
         calibrate_missing: Measure a threshold that is not there, instead of refusing (ablations of the monitor).
         workers: Processes of this machine that answer.
+        executor: local, or ray for the workers of a Ray cluster.
+        ray_address: Of the cluster; auto finds the one of this machine.
+        worker_cpus: CPUs of a worker of the cluster that has no GPU.
         limits: How long and how large samples may be, and how many may fail.
         command: The command line that continues this run.
     """
@@ -84,6 +88,9 @@ class Request:
     rows_dir: Path | None = None
     calibrate_missing: bool = False
     workers: int = 1
+    executor: str = "local"
+    ray_address: str = "auto"
+    worker_cpus: int = 1
     limits: Limits = field(default_factory=Limits)
     command: str = ""
 
@@ -96,6 +103,13 @@ class Request:
             raise UsageError("--limit-sessions and --questions-per-session need --batch-size 1")
         if self.workers < 1:
             raise UsageError(f"--workers must be 1 or more, not {self.workers}")
+        if self.executor not in EXECUTORS:
+            raise UsageError(f"--executor must be local or ray, not {self.executor!r}")
+        if self.executor == "ray" and (self.workers > 1 or self.limits.worker_memory is not None):
+            raise UsageError(
+                "--workers and --worker-memory are for processes of this machine; a Ray cluster has a worker on each "
+                "GPU, or on each --worker-cpus CPUs"
+            )
         if self.truncate is not None and self.truncate not in TRUNCATIONS:
             raise UsageError(f"--truncate must be left or middle, not {self.truncate!r}")
         if self.placement not in PLACEMENTS:

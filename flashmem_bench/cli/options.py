@@ -63,6 +63,17 @@ Workers = Annotated[
     str, _option("--workers", help="Processes: one a GPU, or several that share the cores (1).", metavar="N",
                  panel=_RUNNING)
 ]  # fmt: skip
+Executor = Annotated[
+    str, _option("--executor", help="Who answers: local (default), or ray: a cluster.", metavar="NAME", panel=_RUNNING)
+]
+RayAddress = Annotated[
+    str, _option("--ray-address", help="Of the Ray cluster (auto: that of this machine).", metavar="HOST:PORT",
+                 panel=_RUNNING)
+]  # fmt: skip
+WorkerCpus = Annotated[
+    str, _option("--worker-cpus", help="CPUs of a worker of the cluster without a GPU (1).", metavar="N",
+                 panel=_RUNNING)
+]  # fmt: skip
 SampleTimeout = Annotated[
     str | None, _option("--sample-timeout", help="A sample that takes longer fails.", metavar="SECONDS", panel=_RUNNING)
 ]
