@@ -19,10 +19,10 @@ from flashmem_bench.executors.travel import (
     Parcel,
     Token,
     absolute,
+    called_here,
     named_paths,
     parcels,
     unpack,
-    with_places,
 )
 from flashmem_bench.registry import get_method
 from flashmem_bench.runner import run_grid
@@ -96,8 +96,11 @@ def test_a_node_that_sees_nothing_gets_what_it_needs_and_gives_the_same_rows(
     # A bank that it made goes back, once, and its places are called as the user calls them.
     assert [Path(bank.path).parent.name for bank in reply.parcels] == ([] if own else ["banks"])
     assert node.plan(question, method, None).parcels == ()
-    descr = with_places(plan.descr, hello["folder"], Path("results"))
-    assert not any(str(value).startswith(f"{hello['folder']}/results") for value in descr.values())
+    places = [
+        called_here(str(plan.descr[key]), hello["folder"], asked, Path("mine")) for key in ("checkpoint", "suite")
+    ]
+    assert places == [str(memory), plan.descr["suite"]]
+    assert called_here(f"look at {hello['folder']}/results/a", hello["folder"], asked, Path("mine")) == "look at mine/a"
     node.leave()
     assert not Path(hello["folder"]).exists()
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,5 +217,7 @@ def test_a_cluster_that_cannot_do_it_says_so(cluster, place) -> None:
     ours = {"executor": "ray", "ray_address": cluster.address, "methods": "vanilla"}
     with pytest.raises(UsageError, match="no node of the Ray cluster has a GPU"):
         run_grid(place("ray", device="cuda", **ours))
-    with pytest.raises(BenchError, match=r"on the node .* no trained flashmem memory"):
-        run_grid(place("none", **{**ours, "methods": "flashmem"}, checkpoint=None, model="flashmem-tiny"))
+    # Only nodes load it.
+    missing = replace(place("ray", **ours), model="/none/of/this")
+    with pytest.raises(BenchError, match=r"on the node .*: there is no model folder at /none/of/this"):
+        run_grid(missing)

@@ -111,7 +111,7 @@ class CellRun:
 
     def _take(self, actor: Actor, reply: Reply) -> Iterator[Finished]:
         for text in reply.notes:
-            self._note(text)
+            self._note(self.cluster.heard(actor, text))
         if actor.piece is None:
             return
         if reply.trouble is not None:
@@ -140,10 +140,8 @@ class CellRun:
 
     def _trouble(self, actor: Actor, reply: Reply) -> None:
         """Go on without a node that cannot do what others can; where there is no other, that is the end."""
-        from flashmem_bench.executors.ray_cluster import trouble_of
-
         assert actor.piece is not None
-        error, piece, actor.piece = trouble_of(actor, reply), actor.piece, None
+        error, piece, actor.piece = self.cluster.trouble(actor, reply), actor.piece, None
         if actor.asked != "begin":
             raise error
         self.pool.exclude(actor.node, str(error))

@@ -17,7 +17,7 @@ from flashmem_bench.executors.base import Work
 from flashmem_bench.executors.ray_actor import Question, Reply
 from flashmem_bench.executors.ray_cell import CellRun
 from flashmem_bench.executors.ray_pool import Actor, Lost, Pool
-from flashmem_bench.executors.travel import Token, absolute, named_paths, parcels, unpack, with_places
+from flashmem_bench.executors.travel import Token, absolute, called_here, named_paths, parcels, unpack
 from flashmem_bench.interrupts import Interrupted, Stop
 from flashmem_bench.limits import Limits
 from flashmem_bench.registry import get_method
@@ -71,8 +71,7 @@ class RayCluster:
         for bank in reply.parcels:
             unpack(self.request.own_dir, [bank])
         plan = replace(plain, suite=suite).at(self.session)
-        if not actor.shared:
-            plan.descr = with_places(plan.descr, actor.folder, self.session.request.results_dir)
+        plan.descr = {k: self.heard(actor, v) if isinstance(v, str) else v for k, v in plan.descr.items()}
         self._known = {plan.cell: (name, reference)}
         return plan
 
@@ -104,6 +103,23 @@ class RayCluster:
                 lacking.append(self._reference(parcel))
         return Question(self.request, suite, actor.unseen, actor.shared), lacking
 
+    def heard(self, actor: Actor, text: str) -> str:
+        """Return what a worker says, with places called as the user calls them."""
+        return called_here(text, actor.folder, self.request, self.session.request.results_dir)
+
+    def trouble(self, actor: Actor, reply: Reply) -> BenchError:
+        """Return what went wrong on a node as an error of the same exit code."""
+        error = BenchError(f"on the node {actor.machine}: {self.heard(actor, reply.trouble or '')}")
+        error.exit_code = reply.exit_code
+        return error
+
+    def _taken(self, actor: Actor, reply: Reply, note: Callable[[str], None]) -> Reply:
+        for text in reply.notes:
+            note(self.heard(actor, text))
+        if reply.trouble is not None:
+            raise self.trouble(actor, reply)
+        return reply
+
     def _reference(self, parcel: Parcel) -> Any:
         if parcel.label not in self._sent:
             self._sent[parcel.label] = self.pool.put(parcel)
@@ -130,23 +146,8 @@ class RayCluster:
                 if isinstance(reply, Lost):
                     asked = None if actor is asked else asked
                 elif actor is asked:
-                    return actor, _taken(actor, reply, note)
+                    return actor, self._taken(actor, reply, note)
             if asked is None and time.monotonic() - began > _SLOW_S:
                 note("waiting for a free worker of the Ray cluster (`ray status` shows who has what)")
                 began = float("inf")
         raise Interrupted(self.stop.signum)
-
-
-def _taken(actor: Actor, reply: Reply, note: Callable[[str], None]) -> Reply:
-    for text in reply.notes:
-        note(text)
-    if reply.trouble is not None:
-        raise trouble_of(actor, reply)
-    return reply
-
-
-def trouble_of(actor: Actor, reply: Reply) -> BenchError:
-    """Return what went wrong on a node as an error of the same exit code."""
-    error = BenchError(f"on the node {actor.machine}: {reply.trouble}")
-    error.exit_code = reply.exit_code
-    return error

@@ -10,6 +10,7 @@ ours is one.
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from flashmem_bench.executors.ray_actor import Answerer, Reply
 LOOK_S, PATIENCE_S = 2.0, 600.0
 # An actor that ends so many times in a row before it has answered anything will not answer the next time either.
 _STRIKES = 3
+_REACH_S = 10.0
 _log = logging.getLogger(__name__)
 
 
@@ -267,6 +269,7 @@ def join(address: str) -> tuple[Any, bool]:
     if ray.is_initialized():
         return ray, False
     try:
+        _reach(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Its documentation does not say which types mean that there is no such cluster.
         why = " ".join(str(error).split())
@@ -276,6 +279,13 @@ def join(address: str) -> tuple[Any, bool]:
         ) from error
     _quiet()
     return ray, True
+
+
+def _reach(address: str) -> None:
+    """Find out at once that nobody listens; Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
 
 
 def _quiet() -> None:

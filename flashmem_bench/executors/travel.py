@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -90,8 +90,12 @@ def is_file(suite: str) -> bool:
 
 def named_paths(request: Request) -> list[str]:
     """Return the paths that the request names besides the results folder and that may travel."""
+    return [path for path in _named(request) if is_file(path) or Path(path).is_dir()]
+
+
+def _named(request: Request) -> list[str]:
     memories = [request.checkpoint, request.settings.get(_MEMORY)]
-    return [str(path) for path in memories if path and Path(str(path)).is_dir()] + list(filter(is_file, request.suites))
+    return [str(path) for path in memories if path] + list(filter(is_file, request.suites))
 
 
 def parcels(request: Request, suite: str, spec: MethodSpec, unseen: frozenset[str], shared: bool) -> list[Parcel]:
@@ -182,10 +186,18 @@ def banks_made(folder: Path) -> Iterator[Parcel]:
         yield Parcel(f"banks/{path.name}", path.read_bytes())
 
 
-def with_places(descr: Mapping[str, Any], folder: str, results: Path) -> dict[str, Any]:
-    """Return a description in which the node's results folder is called as the user calls it."""
-    there = str(PurePosixPath(folder) / RESULTS)
-    return {
-        key: str(results) + value.removeprefix(there) if isinstance(value, str) and value.startswith(there) else value
-        for key, value in descr.items()
-    }
+def called_here(text: str, folder: str, request: Request, results: Path) -> str:
+    """Return what a node says with the places of files that were sent to it called as the user calls them.
+
+    Args:
+        text: A sentence or a path.
+        folder: Where the node keeps what is sent to it; empty where nothing is.
+        request: As `absolute` returns it.
+        results: The results folder as the user names it.
+    """
+    if not folder:
+        return text
+    text = text.replace(f"{folder}/{RESULTS}", str(results))
+    for path in _named(request):
+        text = text.replace(f"{folder}/{SUITES if is_file(path) else NAMED}/{_key(path)}", path)
+    return text
