@@ -119,8 +119,8 @@ class Request:
 
     @property
     def in_processes(self) -> bool:
-        """Whether other processes answer: there are several, or one that a limit can end."""
-        return self.workers > 1 or self.limits.need_a_process
+        """Whether other processes of this machine answer: there are several, or one that a limit can end."""
+        return self.executor == "local" and (self.workers > 1 or self.limits.need_a_process)
 
     @property
     def own_dir(self) -> Path:

@@ -149,8 +149,8 @@ def test_ctrl_c_finishes_what_is_under_way_and_the_same_command_continues(cluste
         run_grid(request, progress=watch)
     (cell,) = ResultStore(request.results_dir).cells()
     done = len(cell.rows())
-    # One was under way, and one may have been on its way.
-    assert done == watch.by_worker.total() and 4 <= done <= 6
+    # One was under way.
+    assert done == watch.by_worker.total() and 4 <= done <= 5
     (result,) = run_grid(request)
     assert (result.status, result.new_samples) == ("complete", 16 - done)
 

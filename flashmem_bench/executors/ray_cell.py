@@ -118,7 +118,7 @@ class CellRun:
             self._trouble(actor, reply)
         elif actor.asked == "begin":
             actor.machine_kind = kind_of(reply.value)
-            actor.ask("next", self._winding_up)
+            actor.ask("next", self._winding_up or self.work.stop.asked)
         else:
             finished, summary = reply.value
             if finished is None:
@@ -126,7 +126,7 @@ class CellRun:
                 return
             actor.first = False
             # It goes on while the row is stored.
-            actor.ask("next", self._winding_up)
+            actor.ask("next", self._winding_up or self.work.stop.asked)
             if self.pieces.finished(finished.row["index"]):
                 yield self._marked(actor, finished)
 
