@@ -75,6 +75,9 @@ class Place:
     allow_uncontained_code: bool = False
     workers: int = 1
     limits: Limits = field(default_factory=Limits)
+    executor: str = "local"
+    ray_address: str = "auto"
+    worker_cpus: int = 1
 
 
 class Parts:
@@ -108,6 +111,9 @@ class Parts:
             results_dir=place.results_dir,
             workers=place.workers,
             limits=place.limits,
+            executor=place.executor,
+            ray_address=place.ray_address,
+            worker_cpus=place.worker_cpus,
             command=place.command,
             **more,
         )
@@ -365,6 +371,9 @@ def _code_options(place: Place) -> list[str]:
 
 def _worker_options(place: Place) -> list[str]:
     options = ["--workers", str(place.workers)] if place.workers > 1 else []
+    for name in ("executor", "ray_address", "worker_cpus"):
+        if getattr(place, name) != getattr(Place, name):
+            options += [f"--{name.replace('_', '-')}", str(getattr(place, name))]
     for name, value in vars(place.limits).items():
         if value != getattr(Limits(), name):
             options += [f"--{name.replace('_', '-')}", f"{value:g}"]

@@ -19,6 +19,9 @@ def reproduce(
     device_tflops: Tflops = None,
     bandwidth: Bandwidth = None,
     workers: o.Workers = "1",
+    executor: o.Executor = "local",
+    ray_address: o.RayAddress = "auto",
+    worker_cpus: o.WorkerCpus = "1",
     sample_timeout: o.SampleTimeout = None,
     cell_timeout: o.CellTimeout = None,
     worker_memory: o.WorkerMemory = None,
@@ -52,6 +55,9 @@ def reproduce(
         allow_uncontained_code,
         o.count(workers, "--workers") or 1,
         o.limits(sample_timeout, cell_timeout, worker_memory, fail_on_error),
+        executor,
+        ray_address,
+        o.count(worker_cpus, "--worker-cpus") or 1,
     )
     parts = Parts(load_recipe(recipe), place)
     trainings(parts.recipe, results_dir)
