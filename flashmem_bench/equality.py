@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from flashmem_bench.registry import get_method
 
 if TYPE_CHECKING:
-    from flashmem_bench.store import CellStore, ResultStore
+    from flashmem_bench.cell_store import CellStore
+    from flashmem_bench.store import ResultStore
 
 BASELINE = "vanilla"
 # Parts of an identity that must agree before two cells answer the same question in the same way.

@@ -19,7 +19,7 @@ from flashmem_bench.likelihood import cannot_score
 from flashmem_bench.methods.base import BuildContext, MethodSpec, ReferenceSample
 from flashmem_bench.models import model_key
 from flashmem_bench.registry import get_method
-from flashmem_bench.schema import SCHEMA_VERSION
+from flashmem_bench.schema import ANSWER_VERSION
 from flashmem_bench.session import Session, generation_arguments
 from flashmem_bench.settings import Settings, resolve
 from flashmem_bench.store import cell_id
@@ -34,7 +34,7 @@ from flashmem_bench.thresholds import (
 )
 
 if TYPE_CHECKING:
-    from flashmem_bench.store import CellStore
+    from flashmem_bench.cell_store import CellStore
     from flashmem_bench.tasks import Suite
 
 _ATTENTION = "sdpa, monitored layer in one pass"
@@ -282,7 +282,8 @@ def _memory_parts(
         "seed": context.seed,
         "torch": _minor("torch"),
         "transformers": _minor("transformers"),
-        "schema": SCHEMA_VERSION,
+        # Of the answers, not of the tables: a new column leaves every finished cell where it is.
+        "schema": ANSWER_VERSION,
     }
 
 

@@ -18,8 +18,8 @@ from flashmem_bench.schema import METRIC_PREFIX
 from flashmem_bench.voting import curve
 
 if TYPE_CHECKING:
+    from flashmem_bench.cell_store import CellStore
     from flashmem_bench.session import Session
-    from flashmem_bench.store import CellStore
     from flashmem_bench.tasks import Sample, Suite
 
 Row = dict[str, Any]

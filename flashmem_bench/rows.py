@@ -144,8 +144,12 @@ def metric_columns(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def sample_row(common: Mapping[str, Any], *parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Join the columns of a cell and of a sample into one row with every column present."""
+    """Join the columns of a cell and of a sample into one row with every column present.
+
+    One process answers and its times count, unless a part says otherwise.
+    """
     row = blank_sample()
+    row.update(timing_valid=True, workers=1)
     row.update(common)
     for part in parts:
         row.update(part)

@@ -10,7 +10,9 @@ level: ``arrow_schema`` imports pyarrow when a table is written.
 
 Invariants: column names are unique within a table; a unit is part of the name where there is one (``_ms``,
 ``_bytes``); a column that cannot be known is null, never 0. A change of a name, type or formula raises
-``SCHEMA_VERSION``, and a results folder of another version is refused.
+``SCHEMA_VERSION``; a results folder of an earlier version is migrated or refused (see ``migrations``), one of a later
+version refused. The ids of cells hold ``ANSWER_VERSION`` instead, which is raised only when the same settings can give
+other answers: a new column makes no finished answer worthless.
 
 One convention joins the sample rows and the ``metrics`` table: a sample row may carry further keys that begin
 with ``metric.`` (``metric.rouge1``), and each becomes one row of ``metrics``.
@@ -18,14 +20,15 @@ with ``metric.`` (``metric.rouge1``), and each becomes one row of ``metrics``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import pyarrow
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+ANSWER_VERSION = 2
 
 METRIC_PREFIX = "metric."
 
@@ -79,6 +82,14 @@ SAMPLE_COLUMNS: tuple[Column, ...] = (
     _c("cluster", "string", "What the sample shares with others, such as a document; null where it stands alone."),
     _c("session_id", "string", "Session of the sample: questions about one history; null where it has none."),
     _c("attempt", "int", "Which start of the command made this row; 1 is the first."),
+    _c(
+        "timing_valid",
+        "bool",
+        "Whether the times of this row may be used; false after a batch that did not fit into memory was split, and "
+        "where other workers ran on the same machine meanwhile.",
+    ),
+    _c("workers", "int", "How many processes worked on this attempt."),
+    _c("worker", "int", "Which of them answered, from 0; null where one process did all."),
     _c("started_at", "string", "UTC time at which the sample began, in a batch took its seat, ISO 8601."),
     _c("prompt_sha", "string", "Hash of the prompt's token ids; equal hashes prove equal prompts."),
     _c("prompt_tokens", "int", "Tokens of the prompt, template included.", "tokens"),
@@ -349,6 +360,19 @@ _COST_BLOCK: tuple[Column, ...] = (
     _c("e2e_ms_median", "float", "Median time per sample.", "ms", "median(e2e_ms)"),
     _c("e2e_ms_low", "float", "Lower end of the median's 95 % order-statistic interval.", "ms"),
     _c("e2e_ms_high", "float", "Upper end of the median's 95 % order-statistic interval.", "ms"),
+    _c(
+        "timed_attempt",
+        "int",
+        "The attempt that all times of this row come from: the one with the most samples that count, the later of two; "
+        "times of different attempts are never pooled. Null where no sample has a time that counts.",
+    ),
+    _c(
+        "timed_samples",
+        "int",
+        "Samples of that attempt that the times rest on.",
+        "",
+        "count(attempt == timed_attempt and timing_valid is not false and e2e_ms)",
+    ),
 )
 
 RUN_COLUMNS: tuple[Column, ...] = (
@@ -457,7 +481,7 @@ RUN_COLUMNS: tuple[Column, ...] = (
     _c("checkpoint_scope", "string", "suite, joint or transfer."),
     _c("tau_source", "string", "suite or model."),
     _c("beyond_trained_context", "bool", "Any prompt was longer than the trained context."),
-    _c("attempts", "int", "Starts of the command that made these rows; times of several attempts are pooled."),
+    _c("attempts", "int", "Starts of the command that made these rows."),
 )
 
 STRATUM_COLUMNS: tuple[Column, ...] = (
@@ -518,10 +542,11 @@ COMPARISON_COLUMNS: tuple[Column, ...] = (
     _c("family", "string", "primary: chosen before any run (claims.yaml); other: every other comparison."),
     _c("p_adjusted", "float", "The p-value for as many tests: Holm where primary, Benjamini-Hochberg elsewhere."),
     _c("tests", "int", "Tests in its family."),
+    _c("n_timed", "int", "Of those, samples that both have in the attempt that their cell's times come from."),
     _c(
         "time_ratio",
         "float",
-        "Time of a over b, with prefill.",
+        "Time of a over b, with prefill, on those.",
         "",
         "exp(mean(log(e2e_ms of a / e2e_ms of b)))",
     ),
@@ -714,6 +739,34 @@ def column_names(columns: Sequence[Column]) -> list[str]:
 def find_column(name: str) -> list[tuple[str, Column]]:
     """All columns of that name as (table, column) pairs; empty when there is none."""
     return [(table, column) for table, columns in TABLES.items() for column in columns if column.name == name]
+
+
+_TYPES: dict[str, tuple[type, ...]] = {"string": (str,), "int": (int,), "float": (float, int), "bool": (bool,)}
+
+
+def wrong_type(row: Mapping[str, Any]) -> str | None:
+    """Name of the first sample column, or further metric, whose value is not of its type; None where all are."""
+    odd = (column.name for column in SAMPLE_COLUMNS if not _is_of(row.get(column.name), column.dtype))
+    metrics = (key for key, value in row.items() if key.startswith(METRIC_PREFIX) and not _is_of(value, "float"))
+    return next(odd, None) or next(metrics, None)
+
+
+def _is_of(value: Any, dtype: DType) -> bool:
+    if value is None:
+        return True
+    # A table holds whole numbers of 64 bits.
+    return type(value) in _TYPES[dtype] and (type(value) is not int or -(2**63) <= value < 2**63)
+
+
+_TEXT_TYPES: dict[str, type] = {
+    "prompt": str, "text": str, "tokens": list, "triggers": list, "entropies": list, "output_entropies": list,
+}  # fmt: skip
+
+
+def wrong_text_type(text: Mapping[str, Any]) -> str | None:
+    """Name of the first entry of a text record whose value is not of its type; None where all are."""
+    odd = (name for name, kind in _TEXT_TYPES.items() if not isinstance(text.get(name, kind()), kind))
+    return next(odd, None)
 
 
 def blank_sample() -> dict[str, Any]:

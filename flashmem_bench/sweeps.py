@@ -71,7 +71,8 @@ def cost_sentence(request: Request, sweep: Sweep) -> str:
     for cell in ResultStore(request.results_dir).cells():
         if cell.get("suite") in request.suites and (cell.get("model"), cell.get("batch_size")) == wanted:
             # The samples of a batch share their time.
-            times += [row["e2e_ms"] / request.batch_size for row in cell.rows() if row.get("e2e_ms") is not None]
+            rows = [row for row in cell.rows() if row.get("timing_valid") is not False]
+            times += [row["e2e_ms"] / request.batch_size for row in rows if row.get("e2e_ms") is not None]
     estimate = f", about {samples * sum(times) / len(times) / 6e4:.1f} minutes" if times else ""
     trained = ""
     if axis.trains:

@@ -19,9 +19,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashmem_bench.cell_store import CellStore
 from flashmem_bench.errors import BenchError, StoreError
 from flashmem_bench.samples import sample_seed
-from flashmem_bench.store import CellStore, safe_name
+from flashmem_bench.store import safe_name
 
 if TYPE_CHECKING:
     from flashmem_bench.prepare import Prepared

@@ -1,19 +1,21 @@
 """Does a results folder say what its sample rows say? Every published number made again, every hash checked.
 
-Three layers: a cell is what its id claims (the hash of its identity) and holds whole, matching rows; each row obeys the
-formulas of the schema; and the tables on disk equal those that are made again from the rows. Nothing is changed.
+Four layers: the files are whole (see `repair`); a cell is what its id claims (the hash of its identity) and holds
+matching rows; each row obeys the formulas of the schema; and the tables on disk equal those that are made again from
+the rows. Nothing is changed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashmem_bench.errors import BenchError
-from flashmem_bench.store import CellStore, ResultStore, cell_id
+from flashmem_bench.cell_store import CellStore
+from flashmem_bench.errors import BenchError, StoreError
+from flashmem_bench.repair import Problem, cells_on_disk, file_problems
+from flashmem_bench.store import ResultStore, cell_id
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,14 +23,6 @@ if TYPE_CHECKING:
 _CLOSE = 1e-9
 # Tables that need the memories' folders, not the sample rows.
 _NOT_FROM_ROWS = ("training",)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is not as it should be."""
-
-    where: str
-    what: str
 
 
 def verify(results_dir: Path, only: str | None = None) -> tuple[int, list[Problem]]:
@@ -45,15 +39,20 @@ def verify(results_dir: Path, only: str | None = None) -> tuple[int, list[Proble
         BenchError: No cell begins so.
     """
     store = ResultStore(results_dir)
-    cells = [cell for cell in store.cells() if only is None or cell.cell_id.startswith(only)]
+    cells = cells_on_disk(store, only)
     if not cells:
         wanted = f"cell {only}" if only else "cell"
         raise BenchError(f"there is no {wanted} in {results_dir}; see flashmem-bench list runs")
     problems, compared = [], 0
     for cell in cells:
-        found = list(cell_problems(cell))
-        problems += found
-        compared += sum(len(row) for row in cell.rows())
+        broken = list(file_problems(cell))
+        problems += broken
+        try:
+            problems += cell_problems(cell) if cell.manifest else ()
+            compared += sum(len(row) for row in cell.rows())
+        except StoreError as error:
+            # What cannot be read was named above.
+            problems += [] if broken else [Problem(str(cell.path), str(error))]
     if only is None and (results_dir / "tables").is_dir():
         count, wrong = _tables(store, results_dir / "tables")
         compared, problems = compared + count, problems + wrong

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from flashmem_bench.cell_store import CellStore
 from flashmem_bench.schema import blank_sample
-from flashmem_bench.store import CellStore, ResultStore
+from flashmem_bench.store import ResultStore
 
 # method -> chance of a right answer, mean triggers a sample, cost factor against vanilla
 METHODS = {

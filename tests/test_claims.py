@@ -10,6 +10,7 @@ import pytest
 from flashmem_bench import claims
 from flashmem_bench.cli import run as command
 from flashmem_bench.errors import DataError
+from flashmem_bench.lines import encode
 from flashmem_bench.registry import method_names
 from flashmem_bench.report.cells import load_cells
 from flashmem_bench.report.claims import claim_records
@@ -29,7 +30,7 @@ def scores(store: ResultStore, method: str, values, suite: str = "hops", **chang
     cell = add_cell(store, suite, method, len(values), chance=0.5, **changes)
     lines = (cell.path / "samples.jsonl").read_text().splitlines()
     rows = [{**json.loads(line), "score": float(value)} for line, value in zip(lines, values, strict=True)]
-    (cell.path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (cell.path / "samples.jsonl").write_bytes(b"".join(encode(row) for row in rows))
 
 
 def right(count: int, n: int = 400, start: int = 0) -> list[int]:
@@ -212,7 +213,7 @@ def test_regression_to_the_mean_is_no_fall(tmp_path: Path) -> None:
         for number, record in enumerate(records):
             record["entropies"] = [3.0 + number / 100, *[1.0 + number / 200 - change] * 6]
             record["triggers"] = [{"text_index": 0}] if fired else []
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        path.write_bytes(b"".join(encode(record) for record in records))
 
     def found(change: float):
         cells = {cell.method: cell for cell in load_cells(store)}

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from flashmem_bench.cell_store import CellStore
 from flashmem_bench.cli import run as run_command
 from flashmem_bench.errors import StoreError
 from flashmem_bench.rows import grade_columns, metric_columns
 from flashmem_bench.schema import blank_sample
-from flashmem_bench.store import CellStore, ResultStore
+from flashmem_bench.store import ResultStore
 from flashmem_bench.tasks import load_suite
 from flashmem_bench.verification import verify
 from flashmem_bench.voting import curve
@@ -196,7 +197,7 @@ def test_a_write_that_fails_leaves_the_old_rows(data, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("flashmem_bench.store.os.fsync", full)
+    monkeypatch.setattr("flashmem_bench.durable.os.fsync", full)
     with pytest.raises(StoreError, match="No space left"):
         cell.revise([{**rows[2], "score": 0.5}], {}, {})
     monkeypatch.undo()

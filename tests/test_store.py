@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashmem_bench.cell_store import CellStore
 from flashmem_bench.errors import StoreError
 from flashmem_bench.schema import (
     SAMPLE_COLUMNS,
@@ -25,7 +26,7 @@ from flashmem_bench.schema import (
     blank_sample,
     column_names,
 )
-from flashmem_bench.store import CellStore, ResultStore, cell_id, safe_name
+from flashmem_bench.store import ResultStore, cell_id, safe_name
 
 IDENTITY = {"suite": "wordmath", "method": "vanilla", "seed": 0, "settings": {"trigger.kind": "never"}}
 DESCR = {"suite": "wordmath", "method": "vanilla", "model": "flashmem-tiny"}

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from flashmem_bench.cli import run as command
+from flashmem_bench.lines import encode
 from flashmem_bench.report import build_report
 from flashmem_bench.store import ResultStore
 from flashmem_bench.verification import row_problems, verify
@@ -26,7 +27,7 @@ def change(cell, where: int, **values) -> None:
     path = cell.path / "samples.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[where].update(values)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_bytes(b"".join(encode(row) for row in rows))
 
 
 def cell_of(results: Path, method: str):

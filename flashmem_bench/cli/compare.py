@@ -76,7 +76,8 @@ def describe(found: dict[str, Any]) -> str:
     ratios = [f"{say.interval(*found[key])} {name}" for key, name in named if not math.isnan(found[key][0])]
     if ratios:
         stamp = f" ({CPU_STAMP})" if found["device"] == "cpu" else ""
-        lines.append(f"  time{_load(found)}: {', '.join(ratios)}{stamp}")
+        of = f" on {found['timed_pairs']} of the pairs" if found["timed_pairs"] < found["pairs"] else ""
+        lines.append(f"  time{_load(found)}: {', '.join(ratios)}{of}{stamp}")
     if found["unequal"]:
         lines.append(f"  not under the same conditions: {found['unequal']}")
     return "\n".join(lines)

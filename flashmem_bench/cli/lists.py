@@ -103,14 +103,23 @@ def _models(results_dir: Path) -> list[dict[str, Any]]:
     return [{"model": name, "what": text} for name, text in found.items()]
 
 
+def _names(folder: Path) -> dict[str, str]:
+    return {"suite": folder.parent.parent.name, "method": folder.parent.name}
+
+
 def _runs(results_dir: Path) -> list[dict[str, Any]]:
+    from flashmem_bench.errors import StoreError
     from flashmem_bench.store import ResultStore
 
     if not (results_dir / "runs").is_dir():
         return []
     rows = []
     for cell in ResultStore(results_dir).cells():
-        manifest = cell.manifest
+        try:
+            manifest, samples = cell.manifest, len(cell.rows())
+        except StoreError:
+            broken = "broken, see flashmem-bench verify"
+            manifest, samples = {"descr": _names(cell.path), "summary": {"status": broken}}, None
         descr, summary = manifest.get("descr", {}), manifest.get("summary", {})
         score = summary.get("score")
         rows.append(
@@ -119,7 +128,7 @@ def _runs(results_dir: Path) -> list[dict[str, Any]]:
                 "method": descr.get("method"),
                 "model": descr.get("model"),
                 "cell": cell.cell_id,
-                "samples": len(cell.rows()),
+                "samples": samples,
                 "score": round(score, 4) if score is not None else None,
                 "status": summary.get("status", "unfinished"),
             }

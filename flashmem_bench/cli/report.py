@@ -33,6 +33,9 @@ def report(
         o.emit_json({name: _plain(value) for name, value in vars(paths).items()})
         return 0
     if not quiet:
+        for sentence in paths.warnings:
+            if sentence.startswith("a cell is left out"):
+                o.say(sentence)
         _show(results_dir)
     print(f"report: {paths.html.resolve()}")
     return 0

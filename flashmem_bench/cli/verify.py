@@ -16,10 +16,15 @@ def verify(
         str | None, typer.Argument(help="The beginning of a cell's id; left out, all cells and the tables.")
     ] = None,
     results_dir: o.ResultsDir = o.DEFAULT_RESULTS,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Put broken lines and manifests aside first, so that they are made anew.")
+    ] = False,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> int:
     """Check hashes, formulas and tables of a results folder; exit 1 if anything is not as its rows say.
+
+    Broken lines and manifests that --repair puts aside stay in the folder of their cell.
 
     Example: flashmem-bench verify --results-dir results
     """
@@ -29,13 +34,25 @@ def verify(
 
     if not (results_dir / "runs").is_dir():
         raise StoreError(f"there are no results in {results_dir}; make some with flashmem-bench run")
+    done = _repair(results_dir, run) if repair else []
     compared, problems = check(results_dir, run)
     if json:
-        o.emit_json({"compared": compared, "problems": [vars(problem) for problem in problems]})
+        o.emit_json({"compared": compared, "problems": [vars(problem) for problem in problems], "repaired": done})
     else:
+        for sentence in done:
+            print(sentence)
+        if done:
+            print("run the commands that made these cells again: what is missing is made anew")
         for problem in problems[:_SHOWN]:
             print(f"{problem.where}: {problem.what}")
         if len(problems) > _SHOWN:
             print(f"and {len(problems) - _SHOWN} more")
         print(f"{compared:,} numbers compared, {len(problems)} wrong")
     return 1 if problems else 0
+
+
+def _repair(results_dir: o.Path, run: str | None) -> list[str]:
+    from flashmem_bench.repair import cells_on_disk, repair
+    from flashmem_bench.store import ResultStore
+
+    return [sentence for cell in cells_on_disk(ResultStore(results_dir), run) for sentence in repair(cell)]

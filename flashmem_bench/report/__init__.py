@@ -64,12 +64,13 @@ def build_report(results_dir: Path, *, unequal: bool = False) -> ReportPaths:
     from flashmem_bench.report.traces import draw_traces
     from flashmem_bench.report.training import draw_training, training_records
 
-    cells = load_cells(ResultStore(root))
+    left_out: list[str] = []
+    cells = load_cells(ResultStore(root), problems=left_out)
     if not cells:
-        raise StoreError(nothing)
+        raise StoreError(left_out[0] if left_out else nothing)
     training = training_records(cells, root)
     tables = tables_of(cells, read_rows(root), training, unequal=unequal, margins=pinned(root))
-    warnings = comparison_warnings(cells)
+    warnings = left_out + comparison_warnings(cells)
     drawings = [*draw_all(tables, root / "figures"), *draw_traces(cells, root / "figures")]
     drawings += draw_outcomes(cells, root / "figures")
     drawings += draw_benefit(tables["comparisons"], tables["runs"], root / "figures")

@@ -10,14 +10,18 @@ cells of one suite and method, each carries the settings in which they differ.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from flashmem_bench.cell_store import CellStore
+from flashmem_bench.errors import StoreError
 from flashmem_bench.registry import method_names
-from flashmem_bench.store import CellStore, ResultStore
+from flashmem_bench.store import ResultStore
 
+_log = logging.getLogger(__name__)
 VANILLA = "vanilla"
 FLASHMEM = "flashmem"
 PLACEBOS = (
@@ -126,28 +130,67 @@ class Cell:
         return self.store.texts()
 
     @cached_property
+    def timed_attempt(self) -> int | None:
+        """The attempt whose times stand for the cell, see `timed_rows`; None where no time counts."""
+        return self.timed_rows[0].get("attempt") if self.timed_rows else None
+
+    @cached_property
+    def timed_rows(self) -> tuple[dict[str, Any], ...]:
+        """The rows whose times count, all of one attempt."""
+        return timed_rows(self.rows)
+
+    @cached_property
+    def timed_by_sample(self) -> dict[str, dict[str, Any]]:
+        """The rows whose times count, by sample id."""
+        return {row["sample_id"]: row for row in self.timed_rows}
+
+    @cached_property
     def by_sample(self) -> dict[str, dict[str, Any]]:
         """Rows by sample id."""
         return {row["sample_id"]: row for row in self.rows}
 
 
-def load_cells(store: ResultStore, suites: Collection[str] | None = None) -> list[Cell]:
-    """All cells with at least one row, in the order of the tables: suite, method, id.
+def load_cells(
+    store: ResultStore, suites: Collection[str] | None = None, problems: list[str] | None = None
+) -> list[Cell]:
+    """All cells with at least one row that can be read, in the order of the tables: suite, method, id.
 
     Args:
         store: the results.
         suites: names to restrict to; None takes all.
+        problems: gets a sentence for every cell that cannot be read; None sends them to the log.
     """
     order = {name: place for place, name in enumerate(method_names())}
     cells = []
     for entry in store.cells():
-        manifest = entry.manifest
-        if suites is not None and manifest["descr"]["suite"] not in suites:
+        try:
+            manifest = entry.manifest
+            if suites is not None and manifest["descr"]["suite"] not in suites:
+                continue
+            rows = tuple(sorted(entry.rows(), key=lambda row: (row.get("index") or 0, row["sample_id"])))
+        except StoreError as error:
+            if problems is None:
+                _log.warning("a cell is left out: %s", error)
+            else:
+                problems.append(f"a cell is left out: {error}")
             continue
-        rows = tuple(sorted(entry.rows(), key=lambda row: (row.get("index") or 0, row["sample_id"])))
         if rows:
             cells.append(Cell(entry, manifest, rows))
     return sorted(cells, key=lambda cell: (cell.suite, order.get(cell.method, len(order)), cell.method, cell.cell_id))
+
+
+def timed_rows(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """The rows of a cell that its times may come from.
+
+    Two attempts may have run on other machines, or on one that did something else, so their times are never put
+    together: those of the attempt with the most usable times count, of the later one where two have as many.
+    """
+    attempts: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("timing_valid") is not False and row.get("e2e_ms") is not None:
+            attempts.setdefault(row.get("attempt") or 0, []).append(row)
+    best = max(attempts, key=lambda number: (len(attempts[number]), number), default=None)
+    return tuple(attempts[best]) if best is not None else ()
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -201,6 +244,11 @@ def _shown(value: Any) -> str:
 def shared_samples(a: Cell, b: Cell) -> list[str]:
     """Ids of the samples that both cells have, in suite order."""
     return [name for name in a.by_sample if name in b.by_sample]
+
+
+def timed_pairs(a: Cell, b: Cell) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The rows of samples whose times count in both cells, in suite order."""
+    return [(row, b.timed_by_sample[name]) for name, row in a.timed_by_sample.items() if name in b.timed_by_sample]
 
 
 def refusal(a: Cell, b: Cell) -> str | None:

@@ -13,7 +13,16 @@ from collections.abc import Sequence
 from flashmem_bench import stats
 from flashmem_bench.claims import primary_pairs
 from flashmem_bench.report import wording as say
-from flashmem_bench.report.cells import FLASHMEM, PLACEBOS, VANILLA, Cell, partner, refusal, shared_samples
+from flashmem_bench.report.cells import (
+    FLASHMEM,
+    PLACEBOS,
+    VANILLA,
+    Cell,
+    partner,
+    refusal,
+    shared_samples,
+    timed_pairs,
+)
 from flashmem_bench.report.measures import Record, clusters, mean, score_block, use_block
 
 _MANY_TRUNCATED = 0.05
@@ -80,8 +89,10 @@ def compare(a: Cell, b: Cell, kind: str) -> Record:
         "unequal": refusal(a, b),
         **_score_difference(pairs),
     }
+    both_timed = timed_pairs(a, b)
+    record["n_timed"] = len(both_timed)
     for name, column in (("time_ratio", "e2e_ms"), ("decode_time_ratio", "decode_ms")):
-        timed = [(x[column], y[column]) for x, y in pairs if x.get(column) and y.get(column)]
+        timed = [(x[column], y[column]) for x, y in both_timed if x.get(column) and y.get(column)]
         ratio = stats.geometric_mean_ratio([x for x, _ in timed], [y for _, y in timed], resamples=2_000)
         record |= {name: ratio.estimate, f"{name}_low": ratio.low, f"{name}_high": ratio.high}
     return record
@@ -151,8 +162,14 @@ def _cell_warnings(cell: Cell) -> list[str]:
         found.append(f"{late} of the answers could not be graded in time and have no score.")
     if score["n_scored"] < score["n"] - late and any(row.get("score_valid") is False for row in cell.rows):
         found.append("scores of an untrained memory, or beyond the trained context, are left out.")
-    if len(attempts) > 1:
-        found.append(f"times are pooled over {len(attempts)} attempts.")
+    timed, samples = len(cell.timed_rows), len(cell.rows)
+    if timed < samples and len(attempts) > 1:
+        found.append(
+            f"times come from {timed} of {samples} samples, those of attempt {cell.timed_attempt} of {len(attempts)}; "
+            "scores from all."
+        )
+    elif any(row.get("timing_valid") is False for row in cell.rows):
+        found.append(f"times come from {timed} of {samples} samples; those of the others do not count.")
     return found
 
 

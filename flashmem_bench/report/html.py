@@ -348,9 +348,11 @@ def _short(text: Any) -> str:
 
 def _provenance(cell: Cell) -> Context:
     attempts = cell.manifest.get("attempts") or [{}]
+    # Where the times come from is what the reader has to know.
+    timed = next((entry for entry in attempts if entry.get("attempt") == cell.timed_attempt), attempts[-1])
     info = ", ".join(
         f"{key} {value}"
-        for key, value in attempts[-1].items()
+        for key, value in timed.items()
         if isinstance(value, str | int | float) and key not in ("attempt", "started_at", "finished_at")
     )
     return {

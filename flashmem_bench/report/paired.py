@@ -72,6 +72,8 @@ def compare_arms(a: Arm, b: Arm, margin: float | None = None, *, unequal: bool =
     samples = _sample_pairs(a, b)
     pairs = [(run.by_sample[name], other.by_sample[name]) for run, other, name in samples]
     changed = [valid_score(x) - valid_score(y) for x, y in pairs]  # type: ignore[operator]
+    clocks = ((run.timed_by_sample.get(name), other.timed_by_sample.get(name)) for run, other, name in samples)
+    timed = [(x, y) for x, y in clocks if x is not None and y is not None]
     discordant = sum(change != 0 for change in changed) / len(changed)
     document = {
         "suite": a.first.suite,
@@ -92,8 +94,9 @@ def compare_arms(a: Arm, b: Arm, margin: float | None = None, *, unequal: bool =
         "pairs": len(changed),
         "same_text": sum(_same_text(*sample) for sample in samples),
         "minimum_detectable": stats.minimum_detectable_difference(found.n, discordant) if discordant else None,
-        "time_ratio": _ratio(pairs, "e2e_ms"),
-        "decode_time_ratio": _ratio(pairs, "decode_ms"),
+        "timed_pairs": len(timed),
+        "time_ratio": _ratio(timed, "e2e_ms"),
+        "decode_time_ratio": _ratio(timed, "decode_ms"),
         "device": a.first.rows[0].get("device"),
         "batch_size": a.first.rows[0].get("batch_size"),
         "exec": a.first.rows[0].get("exec"),

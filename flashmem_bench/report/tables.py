@@ -6,7 +6,7 @@ the metadata, and as csv. Statistics come from ``flashmem_bench.stats`` with a f
 the same tables.
 
 Scores are averaged over the samples whose score is valid; samples that failed stay visible in ``n`` and
-``error_rate``. Times are averaged over the samples that have them.
+``error_rate``. Times are averaged over the samples of one attempt that have them.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ def run_records(cells: Sequence[Cell], comparisons: Sequence[Record]) -> list[Re
                 "same_text_share": versus.get("same_text_share"),
                 "why_equal": cell.summary.get("why_equal"),
                 **use_block(cell.rows),
-                **cost_block(cell.rows),
-                **phase_block(cell.rows),
+                **_times(cell),
+                **phase_block(cell.rows, cell.timed_rows),
             }
         )
     return records
@@ -163,7 +163,7 @@ def ablation_records(cells: Sequence[Cell]) -> list[Record]:
                     "delta_low": delta.get("low"),
                     "delta_high": delta.get("high"),
                     **use_block(cell.rows),
-                    **cost_block(cell.rows),
+                    **_times(cell),
                 }
             )
     return sorted(records, key=_axis_order)
@@ -192,6 +192,11 @@ def _descr_block(cell: Cell) -> Record:
         "beyond_trained_context": any(row.get("beyond_trained_context") for row in cell.rows),
         "attempts": len({row.get("attempt") for row in cell.rows}),
     }
+
+
+def _times(cell: Cell) -> Record:
+    timed = {"timed_attempt": cell.timed_attempt, "timed_samples": len(cell.timed_rows)}
+    return cost_block(cell.timed_rows) | timed
 
 
 def _metric_records(cell: Cell) -> list[Record]:
