@@ -37,6 +37,7 @@ from flashmem_bench.rows import (
     timing_columns,
 )
 from flashmem_bench.samples import sample_seed
+from flashmem_bench.shortage import give_back, is_shortage
 from flashmem_bench.streaming import Answer, SampleStream
 from flashmem_bench.voting import curve
 
@@ -192,16 +193,22 @@ class CellAnswers:
         text = text_record(sample, generation, self.backbone)
         outside = answer.prepare_ms + (time.perf_counter() - began) * 1e3
         row.update(started_at=answer.started_at, harness_ms=outside + self._kept_waiting_ms)
+        row["timing_valid"] = answer.timing_valid
         return Finished(row, text)
 
-    def _group(self, group: Sequence[tuple[int, Sample]], wanted: frozenset[int]) -> Iterator[Finished]:
-        """Answer samples that share one `generate` call."""
+    def _group(
+        self, group: Sequence[tuple[int, Sample]], wanted: frozenset[int], *, again: bool = False
+    ) -> Iterator[Finished]:
+        """Answer samples that share one `generate` call; `again` after memory ran out, when times do not count."""
         self.began([index for index, _ in group], False)
         started = time.perf_counter()
         stamp = datetime.now(UTC).isoformat(timespec="milliseconds")
         samples = [sample for _, sample in group]
         prompts = [self._prompt(sample) for sample in samples]
-        generations, error = self._generate(group, prompts)
+        generations, error, short = self._generate(group, prompts)
+        if short and not (again and len(group) == 1):
+            yield from self._halves(group, wanted, error or "")
+            return
         timings = [self._clock.result(g.output_tokens) if g is not None else None for g in generations]
         peak = self._peak.read()
         rows = [
@@ -213,13 +220,26 @@ class CellAnswers:
         outside = spent - (timings[0].e2e_ms or 0.0 if timings[0] else 0.0)
         for row, text in zip(rows, texts, strict=True):
             if row["index"] in wanted:
+                row["timing_valid"] = not again
                 row.update(started_at=stamp, harness_ms=outside / len(group) + self._kept_waiting_ms)
                 yield from self._hand_over(Finished(row, text))
 
+    def _halves(self, group: Sequence[tuple[int, Sample]], wanted: frozenset[int], problem: str) -> Iterator[Finished]:
+        """Answer a batch that was too large in two, or a sample once more now that nothing else is held."""
+        self._keeper.forget()
+        give_back()
+        middle = (len(group) + 1) // 2
+        for half in (group[:middle], group[middle:]):
+            if half:
+                yield from self._group(half, wanted, again=True)
+        self.note(
+            f"memory ran out ({problem}); {len(group)} samples were answered in parts, and their times do not count"
+        )
+
     def _generate(
         self, group: Sequence[tuple[int, Sample]], prompts: Sequence[Prompt]
-    ) -> tuple[Sequence[Any], str | None]:
-        """Return a record for each sample, or None for each and what went wrong."""
+    ) -> tuple[Sequence[Any], str | None, bool]:
+        """Return a record for each sample, or None for each, what went wrong, and whether that was memory."""
         samples = [sample for _, sample in group]
         try:
             before = self.samples[group[0][0] - 1] if group[0][0] else None
@@ -227,10 +247,10 @@ class CellAnswers:
             self._peak.reset()
             self._clock.start()
             seed = sample_seed(self.prepared.context.seed, samples[0].sample_id)
-            return self.method.generate([p.ids for p in prompts], samples, self._clock, seed, **reuse), None
+            return self.method.generate([p.ids for p in prompts], samples, self._clock, seed, **reuse), None, False
         except Exception as problem:  # A sample that fails becomes a row; the run goes on.
             _log.debug("sample %s failed", samples[0].sample_id, exc_info=True)
-            return [None] * len(group), sentence(problem)
+            return [None] * len(group), sentence(problem), is_shortage(problem)
 
     def _hand_over(self, finished: Finished) -> Iterator[Finished]:
         before = time.perf_counter()

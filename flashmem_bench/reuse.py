@@ -82,6 +82,10 @@ class PrefixKeeper:
                 self._keep(sample.session_id, earlier[:kept])
         return {"prefill": partial(self._prefill, sample.session_id, length)}
 
+    def forget(self) -> None:
+        """Let go of the prefix; the next question encodes it again, outside its clock where it is not the first."""
+        self._kept = None
+
     def columns(self, sample: Sample, generation: Generation | None) -> dict[str, Any]:
         """Return the columns of a sample that belongs to a session."""
         if sample.session_id is None:

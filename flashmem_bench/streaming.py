@@ -6,7 +6,8 @@ What is done between the steps of the others, encoding a prompt or grading an an
 
 One sample must not take the others with it. A prompt that does not fit is found before it enters. Where a batch fails
 all the same, nobody can say for whom, so those that were under way are asked once more, one at a time, and the rest
-goes on as a stream.
+goes on as a stream. Where memory ran out, the stream goes on with half of those that were under way at a time, and
+times count no more, since the batch is not what was asked for.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from flashmem_bench.errors import sentence
 from flashmem_bench.methods.base import Entry
 from flashmem_bench.peak_memory import PeakMemory
+from flashmem_bench.shortage import give_back, is_shortage
 
 if TYPE_CHECKING:
     from flashmem.generation import Generation
@@ -43,6 +45,7 @@ class Answer:
         started_at: UTC time at which it took its seat, ISO 8601.
         prepare_ms: Time that encoding its prompt took.
         peak_alloc_bytes: Peak of the whole batch while it was under way; None on a CPU.
+        timing_valid: False after memory ran out.
         generation: None where it failed.
         error: What went wrong, a sentence; None when nothing did.
     """
@@ -53,6 +56,7 @@ class Answer:
     started_at: str
     prepare_ms: float
     peak_alloc_bytes: int | None = None
+    timing_valid: bool = True
     generation: Generation | None = None
     timing: Timing | None = None
     error: str | None = None
@@ -93,6 +97,7 @@ class SampleStream:
         self._under_way: dict[int, Answer] = {}
         self._refused: list[Answer] = []
         self._broken: Exception | None = None
+        self._short = False
 
     def answers(self, samples: Sequence[tuple[int, Sample]]) -> Iterator[Answer]:
         """Yield each sample when it is finished, with its index; the clock stands still until the next is asked for.
@@ -107,7 +112,7 @@ class SampleStream:
                 raise self._broken
 
     def _until_a_failure(self) -> Iterator[Answer]:
-        self._under_way, problem = {}, None
+        self._under_way, problem, short = {}, None, False
         self._start()
         try:
             with closing(self.method.stream(self._entries(), self.clock, self.batch_size)) as finished:
@@ -119,12 +124,15 @@ class SampleStream:
             if not self._under_way:
                 raise
             _log.debug("a batch of %d failed", len(self._under_way), exc_info=True)
-            problem = sentence(error)
+            problem, short = sentence(error), is_shortage(error)
         if self._under_way and problem is None:
             problem = f"{type(self.method).__name__}.stream ended without an answer"
         # Here the failure's frames are gone, and with them what they held of the device's memory.
         yield from self._turned_away()
-        if problem is not None:
+        if short:
+            self._with_fewer(problem or "")
+            yield from self._turned_away()
+        elif problem is not None:
             yield from self._one_by_one(problem)
 
     def _entries(self) -> Iterator[Entry]:
@@ -147,7 +155,8 @@ class SampleStream:
             except Exception as error:
                 self._broken = error
                 return None
-            answer = Answer(index, sample, prompt, stamp, (perf_counter() - started) * 1e3)
+            spent = (perf_counter() - started) * 1e3
+            answer = Answer(index, sample, prompt, stamp, spent, timing_valid=not self._short)
             try:
                 self._fits(prompt)
             except Exception as error:
@@ -174,6 +183,18 @@ class SampleStream:
     def _turned_away(self) -> Iterator[Answer]:
         while self._refused:
             yield self._refused.pop(0)
+
+    def _with_fewer(self, problem: str) -> None:
+        """Have those that were under way wait again, for a stream of half as many at a time; one alone has failed."""
+        give_back()
+        left = list(self._under_way.values())
+        if len(left) == 1 and self._short:
+            left[0].error = f"there is not enough memory for this sample alone ({problem})"
+            self._refused += left
+            return
+        self._short, self.batch_size = True, max(1, len(left) // 2)
+        self._waiting.extendleft((answer.index, answer.sample) for answer in reversed(left))
+        self._note(f"memory ran out ({problem}); {self.batch_size} at a time from here on, and times do not count")
 
     def _one_by_one(self, problem: str) -> Iterator[Answer]:
         """Ask those that were under way again; one that was alone already has failed by itself."""

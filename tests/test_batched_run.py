@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from flashmem_bench.answers import streams
 from flashmem_bench.clock import FakeClock
@@ -363,7 +364,7 @@ class Fragile:
     def checked(self, entries):
         for entry in entries:
             if entry.sample.sample_id == self.bad:
-                raise MemoryError("no room for this one")
+                raise ValueError("not this one")
             yield entry
 
 
@@ -378,16 +379,72 @@ def test_a_batch_that_breaks_blames_the_one_sample_and_goes_on(mixed, tmp_path):
     session, cell = prepared(mixed, results, 12, fragile)
     notes = Notes()
     result = run_cell(session, cell, notes)
-    assert any("a batch failed (MemoryError: no room for this one); its" in text for text in notes.texts)
+    assert any("a batch failed (ValueError: not this one); its" in text for text in notes.texts)
     session, cell = prepared(mixed, whole, 12)
     undisturbed = run_cell(session, cell, Silent())
-    assert result.status == "partial" and result.error == "MemoryError: no room for this one"
+    assert result.status == "partial" and result.error == "ValueError: not this one"
     assert [row["sample_id"] for row in result.rows if row["error"]] == [bad]
     good = [{key: row[key] for key in SAME} for row in result.rows if not row["error"]]
     assert good == [{key: row[key] for key in SAME} for row in undisturbed.rows if row["sample_id"] != bad]
     assert len(lines(results)) == 12, "nobody is stored twice"
     (sizes,) = [it.sizes for it in made]
     assert sizes[0] == 3 and sizes[-1] == 3 and 2 <= sizes.count(1) <= 3, sizes
+
+
+class Narrow:
+    """A method on a device that has room for so many rows at a time, and a short memory for what it cannot hold."""
+
+    def __init__(self, inner, room: int, error: type[Exception] = MemoryError):
+        self.inner, self.room, self.error, self.sizes = inner, room, error, []
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def generate(self, prompts, *more, **options):
+        self._require(len(prompts))
+        return self.inner.generate(prompts, *more, **options)
+
+    def stream(self, entries, clock, batch_size):
+        return self.inner.stream(self._seated(entries, batch_size), clock, batch_size)
+
+    def _seated(self, entries, batch_size):
+        for taken, entry in enumerate(entries):
+            self._require(min(taken + 1, batch_size))
+            yield entry
+
+    def _require(self, rows: int) -> None:
+        self.sizes.append(rows)
+        if rows > self.room:
+            raise self.error("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+class Together(Narrow):
+    """The same, for a method that does not stream."""
+
+    stream = None
+
+
+@pytest.mark.parametrize("kind", [Narrow, Together])
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, RuntimeError])
+def test_a_batch_without_memory_is_split_and_its_times_do_not_count(mixed, tmp_path, kind, error):
+    session, cell = prepared(mixed, mixed.results(tmp_path / "results"), 6, lambda method: kind(method, 1, error))
+    notes = Notes()
+    result = run_cell(session, cell, notes)
+    assert result.status == "complete" and any("memory ran out" in text for text in notes.texts)
+    assert [row["index"] for row in result.rows] == list(range(6))
+    assert {row["timing_valid"] for row in result.rows} == {False}
+    session, cell = prepared(mixed, mixed.results(tmp_path / "whole"), 6)
+    undisturbed = run_cell(session, cell, Silent())
+    assert {row["timing_valid"] for row in undisturbed.rows} == {True}
+    assert [{k: row[k] for k in SAME} for row in result.rows] == [{k: row[k] for k in SAME} for row in undisturbed.rows]
+
+
+@pytest.mark.parametrize("kind", [Narrow, Together])
+def test_a_sample_that_is_too_large_alone_is_an_error_row(mixed, tmp_path, kind):
+    session, cell = prepared(mixed, mixed.results(tmp_path / "results"), 3, lambda method: kind(method, 0))
+    result = run_cell(session, cell, Silent())
+    assert result.status == "failed" and len(result.rows) == 3
+    assert all("out of memory" in row["error"] and not row["timing_valid"] for row in result.rows)
 
 
 def test_a_method_that_ends_without_an_answer_leaves_error_rows(mixed, tmp_path):
