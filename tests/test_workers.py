@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flashmem_bench.checkpoints import UNTRAINED
 from flashmem_bench.errors import BenchError, UsageError
 from flashmem_bench.executors.local_worker import Place, take_device
 from flashmem_bench.executors.pieces import Fault, Piece
@@ -198,27 +199,27 @@ def test_a_cell_that_takes_too_long_leaves_its_rest_and_the_next_one_runs(grid, 
 
 
 def test_a_row_that_cannot_be_written_ends_the_workers_and_the_same_command_goes_on(grid, tmp_path, monkeypatch):
+    from flashmem_bench.cell_store import CellStore
     from flashmem_bench.errors import StoreError
-    from flashmem_bench.store import CellStore
 
-    append, written = CellStore.append, []
+    append_many, written = CellStore.append_many, []
 
-    def full(cell, row, text):
-        if len(written) == 3:
+    def full(cell, group):
+        if written:
             raise StoreError("cannot write samples.jsonl (No space left on device); nothing was lost")
-        append(cell, row, text)
-        written.append(row["sample_id"])
+        append_many(cell, group)
+        written.extend(row["sample_id"] for row, _ in group)
 
-    monkeypatch.setattr(CellStore, "append", full)
+    monkeypatch.setattr(CellStore, "append_many", full)
     results, limits = tmp_path / "results", Limits(sample_timeout=600.0)
     with pytest.raises(StoreError, match="No space left"):
-        grid(results, "hops", "vanilla", limit=8, limits=limits)
+        grid(results, "hops", "vanilla", limit=200, limits=limits)
     assert not workers_of(os.getpid())
     (cell,) = ResultStore(results).cells()
     assert cell.done() == set(written)
     monkeypatch.undo()
-    (again,) = grid(results, "hops", "vanilla", limit=8)
-    assert (again.status, again.new_samples) == ("complete", 5)
+    (again,) = grid(results, "hops", "vanilla", limit=200)
+    assert (again.status, again.new_samples) == ("complete", 200 - len(written))
 
 
 def workers_of(pid: int) -> list[int]:
@@ -328,7 +329,7 @@ def test_rows_of_every_method_are_the_same_for_one_process_and_four_workers(grid
     one, four = tmp_path / "one", tmp_path / "four"
     # An untrained memory is enough: its answers are as good to compare.
     methods = [name for name in method_names() if match == "within" or "random-trigger" in name]
-    common = {"limit": 6, "match": match, "checkpoint": None, "settings": {"memory.checkpoint": "none"}}
+    common = {"limit": 6, "match": match, "checkpoint": None, "settings": {"memory.checkpoint": UNTRAINED}}
     grid(one, "hops", ",".join(methods), **common)
     grid(four, "hops", ",".join(methods), workers=4, **common)
     assert table(four) == table(one)
