@@ -1,8 +1,8 @@
 """Runs the grid of suites and methods, sample by sample, so that nothing finished is ever lost.
 
-A cell is run in the fixed order of its suite's samples. Each finished sample is written while the next one runs, and
-the same command continues where it stopped: finished samples are skipped, samples that ended in an error are tried
-again, and a larger `--limit` extends the cell.
+A cell is run in the fixed order of its suite's samples. Each finished sample is written while the next one runs, its
+progress shows when the disk has it, and the same command continues where it stopped: finished samples are skipped,
+samples that ended in an error are tried again, and a larger `--limit` extends the cell.
 
 Who answers is an executor's business (`executors`): this process or others. A batch of neighbours is made of the
 suite's order whatever is done already, so that it has the same members in every attempt.
@@ -15,10 +15,11 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from flashmem_bench.errors import StoreError
 from flashmem_bench.executors.base import Executor, Work
 from flashmem_bench.executors.here import Here
 from flashmem_bench.interrupts import Interrupted, Stop, interruptible
@@ -248,28 +249,37 @@ class _CellRun:
         known = {"command": self.session.request.command, "token": secrets.token_hex(8), **self._shard, **made_by}
         info = {**known, **self.executor.environment()}
         attempt = self.cell.begin_attempt(info)
+        writer = RowWriter(self.cell, self._durable)
         try:
-            with RowWriter(self.cell) as writer, closing(answers):
+            with writer, closing(answers):
                 for finished in answers:
                     self._store(writer, finished, attempt)
             if self.stop.asked:
                 raise Interrupted(self.stop.signum)
             self._way = self.executor.summary()
         except BaseException:
-            self.cell.finish(self._summary("partial"))
+            # On a full disk this fails as well, and what failed first is what the user should read.
+            with suppress(StoreError):
+                self._finish("partial", writer)
             raise
-        self.cell.finish(self._summary("partial" if self._stopped else "complete"))
+        self._finish("partial" if self._stopped else "complete", writer)
+
+    def _finish(self, status: str, writer: RowWriter) -> None:
+        self.cell.finish(self._summary(status), {"write_ms": round(writer.write_ms, 3)})
 
     def _store(self, writer: RowWriter, finished: Finished, attempt: int) -> None:
         row = {**finished.row, "attempt": attempt}
         # A second Ctrl-C must not fall between a sample and its row.
         with self.stop.shielded():
             writer.put(row, finished.text)
-        self.finished += 1
-        self.progress.advance(row)
         self._count_failure(row)
         if self.stop.at_once:
             raise KeyboardInterrupt
+
+    def _durable(self, row: Mapping[str, Any]) -> None:
+        """Called when a kill can no longer cost a row."""
+        self.finished += 1
+        self.progress.advance(row)
 
     def _count_failure(self, row: Mapping[str, Any]) -> None:
         if row.get("error") is None:

@@ -165,18 +165,16 @@ def test_a_failing_sample_becomes_a_row_and_is_tried_again(bench, tmp_path):
 def test_interruption_finishes_the_sample_and_continues(bench, tmp_path):
     from flashmem_bench.progress import Silent
 
-    class Press(Silent):
-        def __init__(self, stop):
-            self.flag, self.seen = stop, 0
-
-        def advance(self, row):
-            self.seen += 1
-            self.flag.asked = self.seen == 2
+    class Pressed(Grumpy):
+        def generate(self, prompts, samples, clock, seed):
+            stop.asked = samples[0].sample_id in self.bad
+            return self.inner.generate(prompts, samples, clock, seed)
 
     results, stop = bench.results(tmp_path / "results"), Stop()
-    session, cell = prepared(bench, results, 4)
+    second = {bench.suites["hops"].samples()[1].sample_id}
+    session, cell = prepared(bench, results, 4, lambda method: Pressed(method, second, None))
     with pytest.raises(Interrupted):
-        run_cell(session, cell, Press(stop), stop)
+        run_cell(session, cell, Silent(), stop)
     (stored,) = ResultStore(results).cells()
     assert len(stored.rows()) == 2 and stored.manifest["summary"]["status"] == "partial"
     session, cell = prepared(bench, results, 4)

@@ -105,6 +105,8 @@ def _with_next_step(error: Any, command: str) -> Any:
     """Return an error of the same exit code that says how to go on."""
     from flashmem_bench.errors import BenchError
 
+    if command in str(error):
+        return error
     told = BenchError(f"{str(error).rstrip('.')}; when that is mended, go on with: {command}")
     told.exit_code = error.exit_code
     return told

@@ -39,10 +39,12 @@ class Local:
         self._workers, self._own = workers or Workers(request.workers, request.device), workers is None
         self._references: dict[str, Reference | None] = {}
         self._run: CellRun | None = None
+        self._said: set[str] = set()
 
     def plan(self, suite: str, method: str, reference: Reference | None, note: Callable[[str], None]) -> CellPlan:
         """See `Executor.plan`. One worker plans, since that may make banks and thresholds; the others find them."""
-        plan = self._ask("plan", (self.session.request, suite, method, reference), note).at(self.session)
+        self._said = set()
+        plan = self._ask("plan", (self.session.request, suite, method, reference), self._once(note)).at(self.session)
         self._references = {plan.cell: reference}
         return plan
 
@@ -53,7 +55,7 @@ class Local:
     def answers(self, work: Work, note: Callable[[str], None]) -> Generator[Finished]:
         """See `Executor.answers`; that a method cannot be built is known when the first worker has tried."""
         reference = self._references[work.plan.cell]
-        self._run = CellRun(self.session, self._workers, reference, work, note)
+        self._run = CellRun(self.session, self._workers, reference, work, self._once(note))
         return self._run.finished()
 
     def summary(self) -> dict[str, Any]:
@@ -64,6 +66,16 @@ class Local:
         """See `Executor.close`."""
         if self._own:
             self._workers.close()
+
+    def _once(self, note: Callable[[str], None]) -> Callable[[str], None]:
+        """Return what passes each sentence about a cell on once: every worker plans, and says the same."""
+
+        def say(text: str) -> None:
+            if text not in self._said:
+                self._said.add(text)
+                note(text)
+
+        return say
 
     def _ask(self, word: str, value: Any, note: Callable[[str], None]) -> Any:
         """Return what the first worker answers; another takes its place should it end."""

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _TICK_S = 0.1
 # Where so long lies between them, all was held up, as by Ctrl-Z or a machine that slept: that is nobody's time.
 _HELD_UP_S = 2.0
+# Seconds after Ctrl-C in which a worker may still say that it has begun a sample.
+_GRACE_S = 2.0
 
 
 class CellRun:
@@ -34,7 +36,7 @@ class CellRun:
         workers: The processes.
         reference: What the cell's method is matched to.
         work: What is missing.
-        note: Told what the user should know, each sentence once.
+        note: Told what the user should know.
 
     Attributes:
         stopped: Why samples were left; None where none were.
@@ -50,9 +52,8 @@ class CellRun:
         streams = session.request.batch_size > 1
         self.pieces = Pieces.of(work.batches, work.wanted, self.samples, workers.count, streams)
         self._task = Task(plan.suite.name, plan.spec.name, plan.cell, reference, [], frozenset())
-        self._said: set[str] = set()
         self._summaries: dict[Worker, dict[str, Any]] = {}
-        self._winding_up, self._since, self._looked = False, 0.0, 0.0
+        self._winding_up, self._since, self._looked, self._asked_at = False, 0.0, 0.0, 0.0
 
     def finished(self) -> Generator[Finished]:
         """Yield each sample when its row has come.
@@ -99,7 +100,7 @@ class CellRun:
     def _take(self, event: Event) -> Iterator[Finished]:
         worker, value = event.worker, event.value
         if event.word == "note":
-            self._note(value)
+            self._say(value)
         elif event.word == "began":
             worker.take(*value)
             self.workers.lives()
@@ -131,7 +132,7 @@ class CellRun:
         guilty = self.pieces.give_back(worker.piece, worker.begun, fault)
         names = ", ".join(self.samples[index].sample_id for index in guilty)
         reason = fault.reason if fault.overdue is not None else f"a worker was {fault.reason}"
-        self._note(f"{self._name}: " + (f"{names}: {reason}" if guilty else f"{reason}; what it had is asked again"))
+        self._say(f"{self._name}: " + (f"{names}: {reason}" if guilty else f"{reason}; what it had is asked again"))
         for index in guilty:
             error = fault.reason if fault.overdue is not None else f"its worker was twice {fault.reason}"
             yield self._marked(worker, failed(self.work.plan, index, self.samples[index], error))
@@ -139,7 +140,8 @@ class CellRun:
     def _marked(self, worker: Worker, finished: Finished) -> Finished:
         """Say who answered; samples that others were answered beside have no time that could be compared."""
         alone = worker.piece is not None and worker.piece.alone and self.session.request.batch_size > 1
-        finished.row.update(worker=worker.number, workers=self.workers.count)
+        if self.workers.count > 1:
+            finished.row.update(worker=worker.number, workers=self.workers.count)
         if self.workers.count > 1 or alone:
             finished.row["timing_valid"] = False
         return finished
@@ -155,8 +157,8 @@ class CellRun:
             for worker in self._busy():
                 worker.postpone(since_last)
         self._looked, stop, limit = now, self.work.stop, self.limits.cell_timeout
-        if stop.asked and not self._winding_up:
-            self._wind_up()
+        if stop.asked:
+            self._wind_up(now)
         if stop.at_once:
             self._end(self._busy())
         elif limit is not None and now - self._since > limit and not self._winding_up:
@@ -166,11 +168,15 @@ class CellRun:
         for worker in self._busy():
             worker.check(self.limits.worker_memory, self.limits.sample_timeout)
 
-    def _wind_up(self) -> None:
-        """Let those who answer a sample finish it, and end those who do not."""
-        self._winding_up = True
-        for worker in self._busy():
-            worker.send("stop") if worker.answering else worker.stop()
+    def _wind_up(self, now: float) -> None:
+        """Let those who answer a sample finish it, and end those who do not, such as who is loading a model."""
+        if not self._winding_up:
+            self._winding_up, self._asked_at = True, now
+            for worker in self._busy():
+                worker.send("stop")
+        elif now - self._asked_at > _GRACE_S:
+            # Who had begun before the question came has said so by now.
+            self._end([worker for worker in self._busy() if not worker.answering])
 
     def _end(self, workers: list[Worker]) -> None:
         for worker in workers:
@@ -179,11 +185,6 @@ class CellRun:
     @property
     def _name(self) -> str:
         return f"{self.work.plan.suite.name} x {self.work.plan.spec.name}"
-
-    def _note(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            self._say(text)
 
 
 def error_of(trouble: Trouble) -> BenchError:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -211,7 +212,9 @@ class Workers:
         level = logging.getLogger("flashmem_bench").level
         place = Place(number, self.count, level, os.getcwd(), dict(os.environ))
         process = self._context.Process(target=main, args=(theirs, place), name=f"worker {number}")
-        # A Ctrl-C that comes before the worker can handle it would end it with a traceback.
+        # A Ctrl-C that comes before the worker can handle it would end it with a traceback, and SIGTERM would end the
+        # process that workers are forked from. Starting the tracker lets both through, so that comes first.
+        resource_tracker.ensure_running()
         held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         try:
             process.start()

@@ -47,7 +47,6 @@ def meet(fault: str, sample_id: str) -> None:
         kept = []
         while True:
             kept.append(b"x" * _STEP)
-            time.sleep(0.01)
     if fault == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "dies once":
@@ -57,7 +56,7 @@ def meet(fault: str, sample_id: str) -> None:
             os._exit(7)
     if fault == "waits":
         (HERE / f"{sample_id}.waits").touch()
-        while not (HERE / "go").exists():
+        while not (HERE / f"{sample_id}.go").exists():
             time.sleep(0.01)
 
 
