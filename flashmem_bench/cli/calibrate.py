@@ -137,5 +137,5 @@ def _conclude(stored: list[tuple[Thresholds, o.Path]], *, json: bool, quiet: boo
         from flashmem_bench.cli.lists import show_rows
 
         show_rows([{key: value for key, value in row.items() if key != "file"} for row in rows], json=False)
-        print(f"stored in {', '.join(sorted({str(path.parent) for _, path in stored}))}")
+        o.tell(f"stored in {', '.join(sorted({str(path.parent) for _, path in stored}))}")
     return 0

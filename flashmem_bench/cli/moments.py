@@ -61,7 +61,7 @@ def moments(
         o.emit_json({"file": str(path), "rows": records})
     elif not quiet:
         _show(records)
-        print(f"stored in {path} and {path.parent.parent / 'figures'}")
+        o.tell(f"stored in {path} and {path.parent.parent / 'figures'}")
     return 0
 
 

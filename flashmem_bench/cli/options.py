@@ -5,7 +5,6 @@ Options that take a list may be repeated or take commas; counts may be written a
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import sys
@@ -15,6 +14,9 @@ from typing import Annotated, Any
 import typer
 
 from flashmem_bench.errors import UsageError
+from flashmem_bench.terminal import CleanFormatter, console, emit_json, say, tell
+
+__all__ = ["console", "emit_json", "say", "tell"]
 
 _RUNNING, _DATA, _OUTPUT = "Running", "Data", "Output"
 
@@ -124,29 +126,11 @@ def command_line() -> str:
 
 def set_up_logging(debug: bool) -> None:
     """Send the log to stderr: everything of ours with `--debug`, else warnings."""
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(name)s: %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(CleanFormatter("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for name in ("flashmem", "flashmem_bench"):
         logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.WARNING)
-
-
-def emit_json(document: Any) -> None:
-    """Print one JSON document as the last line of stdout."""
-    sys.stdout.flush()
-    print(json.dumps(document, ensure_ascii=False, allow_nan=False), flush=True)
-
-
-def console() -> Any:
-    """Return the rich console of stdout; a file or pipe is as wide as a table needs."""
-    from rich.console import Console
-
-    wide = Console()
-    return wide if wide.is_terminal else Console(width=160)
-
-
-def say(text: str, quiet: bool = False) -> None:
-    """Print a sentence on stderr."""
-    if not quiet:
-        print(text, file=sys.stderr, flush=True)
 
 
 def known_suites(values: list[str] | None) -> tuple[str, ...]:

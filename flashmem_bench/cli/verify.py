@@ -44,10 +44,10 @@ def verify(
         if done:
             print("run the commands that made these cells again: what is missing is made anew")
         for problem in problems[:_SHOWN]:
-            print(f"{problem.where}: {problem.what}")
+            o.tell(f"{problem.where}: {problem.what}")
         if len(problems) > _SHOWN:
-            print(f"and {len(problems) - _SHOWN} more")
-        print(f"{compared:,} numbers compared, {len(problems)} wrong")
+            o.tell(f"and {len(problems) - _SHOWN} more")
+        o.tell(f"{compared:,} numbers compared, {len(problems)} wrong")
     return 1 if problems else 0
 
 
