@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmem.errors import CheckpointError
+from flashmem.integrity import require_seal
 from flashmem_bench.errors import MissingCheckpointError, UsageError
 from flashmem_bench.models import BUNDLED, model_key
 from flashmem_bench.suites import list_suites
@@ -234,4 +235,5 @@ def read_record(folder: Path) -> dict[str, Any]:
             raise TypeError("memory")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} is not a memory checkpoint: its config.json is missing or damaged") from error
+    require_seal(record, folder / "config.json", "copy or train it again")
     return record

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashmem.errors import CheckpointError
+from flashmem.integrity import require_seal, sealed
 from flashmem_bench.checkpoints import JOINT, command_options
 from flashmem_bench.errors import MissingCheckpointError
 from flashmem_bench.methods.base import ENTROPY_KINDS
@@ -75,7 +76,7 @@ class Thresholds:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(sealed(document), indent=2, sort_keys=True) + "\n", encoding="utf-8")
         partial.replace(path)
 
     @classmethod
@@ -89,11 +90,12 @@ class Thresholds:
 
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
+            require_seal(document, path, "copy it again, or calibrate again")
             if document["format_version"] != FORMAT_VERSION:
                 raise ValueError("format_version")
             found = {key: Threshold.from_json(json.dumps(value)) for key, value in document["thresholds"].items()}
             return cls(document["kind"], document["suite"], document["fingerprint"], found, document["provenance"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the threshold file {path} cannot be read; calibrate again") from error
 
 

@@ -40,6 +40,7 @@ from flashmem_bench.tiny import parallel, weights_dir
 from flashmem_bench.tiny.corpus import Corpus
 from flashmem_bench.tiny.encoding import Encoded, encode, pause_rows
 from flashmem_bench.tiny.resume import read_state, write_state
+from flashmem_bench.tiny.sums import write_sums
 from flashmem_bench.tiny.tokenizer import VOCAB_SIZE, build_tokenizer, load_tokenizer
 
 # Rows a step takes from each task, by stage.
@@ -341,6 +342,7 @@ def export(run: Run, folder: Path) -> None:
         "transformers": transformers.__version__,
     }
     (folder / "training.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+    write_sums(folder)
 
 
 def prepare(recipe: Recipe, data_dir: Path | None, state_dir: Path, steps: int, minutes: float | None) -> Run:

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flashmem.integrity import tensors_hash
+
 _TENSOR, _FACTS = "tensor", "facts"
 # JSON has no numbers as keys; optimisers number their parameters.
 _NUMBERED = "numbered"
@@ -28,8 +30,9 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     # Copies, because weights that are tied share their memory, which safetensors refuses.
-    save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, partial,
-              metadata={_FACTS: json.dumps(facts)})  # fmt: skip
+    copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    labels = {_FACTS: json.dumps(facts)}
+    save_file(copies, partial, metadata={**labels, "sha256": tensors_hash(copies, labels)})
     partial.replace(path)
 
 
@@ -41,11 +44,14 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {})[_FACTS])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            labels = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        wanted, facts = labels.pop("sha256"), json.loads(labels[_FACTS])
+        if tensors_hash(tensors, labels) != wanted:
+            raise ValueError("hash mismatch")
         return _together(facts, tensors)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}); remove it to start afresh") from error
+        raise ValueError(f"{path} is damaged ({error}); remove it to start afresh") from error
 
 
 def _apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
