@@ -22,6 +22,7 @@ from flashmem_bench.executors.base import Executor, Work
 from flashmem_bench.executors.here import Here
 from flashmem_bench.interrupts import Interrupted, Stop, interruptible
 from flashmem_bench.prepare import CellPlan, preflight, read_reference
+from flashmem_bench.privacy import redact
 from flashmem_bench.progress import Progress, Silent
 from flashmem_bench.registry import get_methods
 from flashmem_bench.selection import batches_of
@@ -166,7 +167,7 @@ class _CellRun:
         pending = [batch for batch in self._batches if not self.missing.isdisjoint(batch)]
         work = Work(self.plan, pending, self.missing, self.stop)
         answers = self.executor.answers(work, self.progress.note)
-        info = {"command": self.session.request.command, **self.executor.environment()}
+        info = {"command": redact(self.session.request.command), **self.executor.environment()}
         attempt = self.cell.begin_attempt(info)
         try:
             with RowWriter(self.cell) as writer, closing(answers):

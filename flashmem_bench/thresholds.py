@@ -26,6 +26,7 @@ from flashmem_bench.checkpoints import JOINT, command_options
 from flashmem_bench.errors import MissingCheckpointError
 from flashmem_bench.methods.base import ENTROPY_KINDS
 from flashmem_bench.models import BUNDLED, model_key
+from flashmem_bench.places import folder_name
 from flashmem_bench.settings import MonitorSettings
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def file_name(kind: str, monitor: MonitorSettings) -> str:
 
 def threshold_folder(results: Path, model: str, suite: str) -> Path:
     """Return where `calibrate` writes by default."""
-    return results / "thresholds" / model_key(model) / suite.replace("/", "--")
+    return results / "thresholds" / folder_name(model_key(model)) / folder_name(suite)
 
 
 def find_thresholds(
@@ -166,7 +167,7 @@ def calibrate_command(results: Path, model: str, suite: str, settings: Settings)
 def _folders(results: Path, model: str, suite: str) -> Iterator[Path]:
     bundled = [bundled_folder()] if model == BUNDLED else []
     yield threshold_folder(results, model, suite)
-    yield from (folder / suite.replace("/", "--") for folder in bundled)
+    yield from (folder / folder_name(suite) for folder in bundled)
     yield threshold_folder(results, model, JOINT)
     yield from (folder / JOINT for folder in bundled)
 

@@ -112,7 +112,7 @@ def _document(setting: Setting) -> dict[str, Any]:
     backbone = setting.backbone
     return {
         "stamp": datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ"),
-        "command": o.command_line(),
+        "command": o.recorded_command(),
         "model": backbone.name,
         "device": setting.device,
         "dtype": str(backbone.dtype).removeprefix("torch."),

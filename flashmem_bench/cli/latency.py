@@ -124,7 +124,7 @@ def _keep(results_dir: o.Path, block: Block) -> None:
     from flashmem_bench.latency.files import BLOCKS, append
 
     append(results_dir, block.rows)
-    append(results_dir, [{**block.record, "machine": describe_machine(), "command": o.command_line()}], BLOCKS)
+    append(results_dir, [{**block.record, "machine": describe_machine(), "command": o.recorded_command()}], BLOCKS)
 
 
 def _observer(block: Block) -> str:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from flashmem_bench.errors import UsageError
+from flashmem_bench.privacy import redact
 from flashmem_bench.terminal import CleanFormatter, console, emit_json, say, tell
 
 __all__ = ["console", "emit_json", "say", "tell"]
@@ -122,6 +123,11 @@ def number(value: str | None, option: str) -> float | None:
 def command_line() -> str:
     """Return the command as the user can paste it."""
     return shlex.join(["flashmem-bench", *sys.argv[1:]])
+
+
+def recorded_command() -> str:
+    """Return the command as it is stored: without secrets and names of people or machines."""
+    return redact(command_line())
 
 
 def set_up_logging(debug: bool) -> None:

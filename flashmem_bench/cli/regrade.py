@@ -51,7 +51,7 @@ def regrade(
         allow_code_execution=allow_code_execution,
         allow_uncontained_code=allow_uncontained_code,
         results_dir=results_dir,
-        command=o.command_line(),
+        command=o.recorded_command(),
     )
     session, results, failed = Session(request), [], 0
     for entry in found:

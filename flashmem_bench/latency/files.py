@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flashmem_bench.places import refuse_links
+
 RUNS, BLOCKS = "runs.jsonl", "blocks.jsonl"
 
 
 def append(results_dir: Path, rows: Sequence[dict[str, Any]], name: str = RUNS) -> Path:
     """Add lines to a file of the results folder's latency part and return its path."""
     path = results_dir / "latency" / name
+    refuse_links(results_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
     with path.open("a", encoding="utf-8") as file:

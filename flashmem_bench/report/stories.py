@@ -16,11 +16,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from flashmem_bench.places import file_stem
 from flashmem_bench.report import wording as say
 from flashmem_bench.report.cells import Cell
 from flashmem_bench.report.story_charts import entropy_panels, shown, watched_entropy
 from flashmem_bench.report.story_views import MOST_TABS, memory_view, summary_parts
-from flashmem_bench.store import safe_name
 from flashmem_bench.tracing import read_traces
 
 Context = dict[str, Any]
@@ -107,7 +107,7 @@ def _environment() -> Environment:
 
 def _file_name(cell: Cell, sample_id: str, used: set[str]) -> str:
     """A plain file name that no other story has; cells of other settings add their id."""
-    plain = "-".join(safe_name(part) for part in (cell.suite, cell.method, sample_id))
+    plain = file_stem(cell.suite, cell.method, sample_id)
     name = plain if plain not in used else f"{plain}-{cell.cell_id[:8]}"
     used.add(name)
     return f"{name}.html"
