@@ -23,10 +23,12 @@ from typing import Any, Literal
 
 import yaml
 
+from flashmem_bench.bounded_yaml import load_bounded, read_bounded
 from flashmem_bench.choices import CHOICE_KINDS, GENERATED
 from flashmem_bench.errors import DataError, UnknownNameError, UsageError
 
 LM_EVAL_PREFIX = "lm-eval/"
+_MOST_INCLUDED = 16
 _TASK_LINE = re.compile(rb"^[\"']?task[\"']?[ \t]*:[ \t]*[\"']?([^\s\"'#\[]+)", re.MULTILINE)
 
 
@@ -113,7 +115,7 @@ def read_suite_file(path: Path) -> dict[str, Any]:
     Raises:
         DataError: It, or a file that it includes, is missing, is not YAML or is not a mapping.
     """
-    return _merged(path.resolve(), ())
+    return _merged(path.resolve(), (), {})
 
 
 def judges_given_answers(info: SuiteInfo) -> bool:
@@ -121,36 +123,54 @@ def judges_given_answers(info: SuiteInfo) -> bool:
     return read_suite_file(info.path).get("output_type", GENERATED) in CHOICE_KINDS
 
 
-def _merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+def _merged(path: Path, above: tuple[Path, ...], done: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+    if path in done:
+        return done[path]
     if path in above:
         raise DataError(f"{path} includes itself; remove the circle")
+    if len(above) > _MOST_INCLUDED:
+        raise DataError(f"{path} is included at the end of {len(above)} files; put them together")
     own = _parse(path)
     merged: dict[str, Any] = {}
     for included in _includes(path, own):
-        merged.update(_merged(included, (*above, path)))
-    return {key: value for key, value in {**merged, **own}.items() if key != "include"}
+        merged.update(_merged(included, (*above, path), done))
+    done[path] = {key: value for key, value in {**merged, **own}.items() if key != "include"}
+    return done[path]
 
 
 def _includes(path: Path, content: Mapping[str, Any]) -> list[Path]:
     names = content.get("include") or []
-    return [(path.parent / str(name)).resolve() for name in (names if isinstance(names, list) else [names])]
+    try:
+        found = [(path.parent / str(name)).resolve() for name in (names if isinstance(names, list) else [names])]
+    except ValueError as error:
+        raise DataError(f"the suite file {path} includes something that is no file name: {error}") from error
+    return list(dict.fromkeys(found))
 
 
 def _chain(path: Path) -> list[Path]:
-    """Return a file and all that it includes."""
-    return [path, *(file for included in _includes(path, _parse(path)) for file in _chain(included))]
+    """Return a file and all that it includes, each once."""
+    found, waiting = [], [path]
+    while waiting:
+        file = waiting.pop()
+        if file not in found:
+            found.append(file)
+            waiting += _includes(file, _parse(file))
+    return found
 
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_bytes(), Loader=_SuiteLoader)
+        # A few of lm-eval's own tasks say something twice; they run as they do there.
+        content = load_bounded(read_bounded(path), _SuiteLoader, keys_once=_lm_eval_tasks_dir() not in path.parents)
     except OSError as error:
         raise DataError(f"the suite file {path} cannot be read: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise DataError(f"the suite file {path} is not valid YAML: {problem}") from error
+    except ValueError as error:
+        raise DataError(f"the suite file {path} cannot be used: {error}; mend it") from error
     if not isinstance(content, dict):
         raise DataError(f"the suite file {path} is not a mapping; it must be an lm-eval task file")
+    odd = [key for key in content if not isinstance(key, str)]
+    if odd:
+        raise DataError(f"the suite file {path} has the key {odd[0]!r}, which is not text; put it in quotes")
     return content
 
 

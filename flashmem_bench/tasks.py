@@ -460,17 +460,10 @@ def _template_failure(error: Exception) -> str | None:
 def _prepare_lm_eval() -> None:
     """Put lm-eval's templates into a sandbox and keep its loading remarks out of the log."""
     import lm_eval.utils
-    from jinja2 import BaseLoader, StrictUndefined
-    from jinja2.sandbox import SandboxedEnvironment
 
-    class _Sandbox(SandboxedEnvironment):
-        """A sandbox that compiles a template once, where lm-eval compiles it for every document."""
+    from flashmem_bench.sandboxed import Sandbox
 
-        @lru_cache(maxsize=256)  # noqa: B019 - there is one sandbox and it lives as long as the process
-        def from_string(self, source):
-            return super().from_string(source)
-
-    sandbox = _Sandbox(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
+    sandbox = Sandbox()
     sandbox.filters["regex_replace"] = lm_eval.utils.regex_replace
     lm_eval.utils.env = sandbox
     for logger in ("lm_eval.api.task", "lm_eval.config.task"):
