@@ -79,12 +79,13 @@ def console(stderr: bool = False, **more: Any) -> Console:
     if not stderr and not made.is_terminal:
         made = Console(markup=False, emoji=False, width=160, **more)
     # Cleaning hooks into the printing itself, so that no caller can forget it.
-    made.push_render_hook(_Cleaning())
+    hook: Any = _Cleaning()
+    made.push_render_hook(hook)
     return made
 
 
 class _Cleaning:
-    """A rich `RenderHook`."""
+    """A `rich.console.RenderHook`, written without importing rich."""
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         return [_Cleaned(renderable) for renderable in renderables]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ import typer
 
 from flashmem_bench.errors import UsageError
 from flashmem_bench.privacy import redact
-from flashmem_bench.terminal import CleanFormatter, console, emit_json, say, tell
+from flashmem_bench.terminal import CleanFormatter, clean, console, emit_json, say, tell
 
 __all__ = ["console", "emit_json", "say", "tell"]
 
@@ -76,6 +77,7 @@ Quiet = Annotated[bool, _option("--quiet", "-q", help="No progress and no tables
 Debug = Annotated[bool, _option("--debug", help="Log everything; tracebacks.", panel=_OUTPUT)]
 
 DEFAULT_RESULTS = Path("results")
+_FORMAT_WARNING = warnings.formatwarning
 
 
 def split_list(values: list[str] | None) -> tuple[str, ...]:
@@ -135,6 +137,8 @@ def set_up_logging(debug: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(CleanFormatter("%(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    # A library's warning may quote what it was given.
+    warnings.formatwarning = lambda *told, **more: clean(_FORMAT_WARNING(*told, **more))
     for name in ("flashmem", "flashmem_bench"):
         logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.WARNING)
 

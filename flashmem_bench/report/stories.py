@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 
 from flashmem_bench.places import file_stem
 from flashmem_bench.report import wording as say
 from flashmem_bench.report.cells import Cell
+from flashmem_bench.report.pages import page_environment
 from flashmem_bench.report.story_charts import entropy_panels, shown, watched_entropy
 from flashmem_bench.report.story_views import MOST_TABS, memory_view, summary_parts
 from flashmem_bench.tracing import read_traces
@@ -94,13 +95,7 @@ def story_context(trace: Context, row: Context, cell: Cell) -> Context:
 
 
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("flashmem_bench.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.filters["shown"] = shown
     return environment
 
