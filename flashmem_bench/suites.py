@@ -29,6 +29,13 @@ from flashmem_bench.errors import DataError, UnknownNameError, UsageError
 
 LM_EVAL_PREFIX = "lm-eval/"
 _MOST_INCLUDED = 16
+# What the values of some keys of lm-eval's task files are.
+_KINDS: tuple[tuple[type | tuple[type, ...], str, tuple[str, ...]], ...] = (
+    (str, "text", ("dataset_path", "output_type", "training_split", "validation_split", "test_split", "fewshot_split")),
+    (dict, "a mapping", ("dataset_kwargs", "generation_kwargs", "metadata")),
+    (list, "a list", ("metric_list", "filter_list")),
+    ((str, list), "a name or a list of names", ("task", "include")),
+)
 _TASK_LINE = re.compile(rb"^[\"']?task[\"']?[ \t]*:[ \t]*[\"']?([^\s\"'#\[]+)", re.MULTILINE)
 
 
@@ -171,7 +178,25 @@ def _parse(path: Path) -> dict[str, Any]:
     odd = [key for key in content if not isinstance(key, str)]
     if odd:
         raise DataError(f"the suite file {path} has the key {odd[0]!r}, which is not text; put it in quotes")
+    _check_kinds(content, path)
     return content
+
+
+def _check_kinds(content: Mapping[str, Any], path: Path) -> None:
+    """Refuse a key whose value can mean nothing; what else a value must be, lm-eval says."""
+    for kind, what, keys in _KINDS:
+        for key in keys:
+            if content.get(key) is not None and not isinstance(content[key], kind):
+                raise DataError(
+                    f"the suite file {path} has under {key} {str(content[key])[:60]!r}, which is not {what}"
+                )
+    for key in ("metric_list", "filter_list"):
+        if not all(isinstance(entry, dict) for entry in content.get(key) or ()):
+            raise DataError(f"the suite file {path} has something under {key} that is not a mapping")
+    own = (content.get("metadata") or {}).get("flashmem")
+    files = own.get("files") if isinstance(own, dict) else None
+    if files is not None and not isinstance(files, dict):
+        raise DataError(f"the suite file {path} has under metadata.flashmem.files something that is not a mapping")
 
 
 def runs_code(info: SuiteInfo) -> bool:

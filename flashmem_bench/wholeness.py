@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from flashmem_bench.errors import StoreError
-from flashmem_bench.schema import SAMPLE_COLUMNS
+from flashmem_bench.schema import TABLES
 
 _KINDS = {"string": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
 _MEND = "move that folder away and run its command again, or put back a copy"
 _LARGEST = 2**63
+_OF_EVERY_RUN = ("model", "method", "device", "dtype", "exec", "protocol", "context", "run", "e2e_ms")
 
 
 def check_manifest(manifest: Mapping[str, Any], cell: Path) -> None:
@@ -56,9 +57,25 @@ def check_texts(texts: Mapping[Any, Mapping[str, Any]], cell: Path) -> None:
             raise StoreError(f"{cell / 'texts.jsonl'}: the text of {str(name)[:80]!r}: {problem}; {_MEND}")
 
 
-def row_problem(row: Mapping[str, Any]) -> str | None:
+def check_latency(rows: Sequence[Any], path: Path) -> None:
+    """Refuse rows of the latency protocol in which a column holds what it cannot, or is missing.
+
+    Raises:
+        StoreError: With the file, the row and the column.
+    """
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            problem: str | None = f"it is {_shown(row)}"
+        else:
+            missing = [name for name in _OF_EVERY_RUN if row.get(name) is None]
+            problem = f"{missing[0]} is missing" if missing else row_problem(row, "latency")
+        if problem is not None:
+            raise StoreError(f"{path}: row {number}: {problem}; delete that line, or move the file away")
+
+
+def row_problem(row: Mapping[str, Any], table: str = "samples") -> str | None:
     """Return the first column of a row that holds what it cannot, in a clause."""
-    kinds = _columns()
+    kinds = _columns(table)
     for name, value in row.items():
         kind = kinds.get(name) or ("float" if name.startswith("metric.") else None)
         if name == "sample_id" and not isinstance(value, str):
@@ -120,9 +137,9 @@ def _is_place(trigger: Mapping[str, Any]) -> bool:
     return isinstance(place, int) and not isinstance(place, bool) and 0 <= place < _LARGEST
 
 
-@lru_cache(maxsize=1)
-def _columns() -> dict[str, str]:
-    return {column.name: column.dtype for column in SAMPLE_COLUMNS}
+@lru_cache(maxsize=2)
+def _columns(table: str) -> dict[str, str]:
+    return {column.name: column.dtype for column in TABLES[table]}
 
 
 def _is(value: Any, kind: str) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmem_bench.places import refuse_links
+from flashmem_bench.wholeness import check_latency
 
 RUNS, BLOCKS = "runs.jsonl", "blocks.jsonl"
 
@@ -26,14 +27,20 @@ def append(results_dir: Path, rows: Sequence[dict[str, Any]], name: str = RUNS) 
 
 
 def read_rows(results_dir: Path, name: str = RUNS) -> list[dict[str, Any]]:
-    """Read what `append` wrote; a torn line is left out."""
+    """Read what `append` wrote; a torn line is left out.
+
+    Raises:
+        StoreError: A whole line is no row.
+    """
     path = results_dir / "latency" / name
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             rows.append(json.loads(line))
         except ValueError:
             continue
+    if name == RUNS:
+        check_latency(rows, path)
     return rows

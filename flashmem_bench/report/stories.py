@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
+from jinja2 import Environment, Template, TemplateError
 
+from flashmem_bench.errors import StoreError
 from flashmem_bench.places import file_stem
 from flashmem_bench.report import wording as say
 from flashmem_bench.report.cells import Cell
@@ -62,11 +63,21 @@ def write_stories(cells: Sequence[Cell], root: Path) -> list[Story]:
             path = root / "stories" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".html.tmp")
-            temporary.write_text(template.render(story_context(trace, row, cell)), encoding="utf-8")
+            temporary.write_text(_page(template, trace, row, cell), encoding="utf-8")
             temporary.replace(path)
             count, score = len(trace["injections"]), row.get("score")
             stories.append(Story(cell.suite, cell.method, trace["sample_id"], path, f"stories/{name}", count, score))
     return stories
+
+
+def _page(template: Template, trace: Context, row: Context, cell: Cell) -> str:
+    try:
+        return template.render(story_context(trace, row, cell))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, TemplateError) as error:
+        raise StoreError(
+            f"the trace of sample {trace['sample_id']} in {cell.store.path / 'traces'} is broken "
+            f"({type(error).__name__}); delete it, and make it again with run --trace"
+        ) from error
 
 
 def story_context(trace: Context, row: Context, cell: Cell) -> Context:
