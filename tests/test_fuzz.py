@@ -125,7 +125,7 @@ def loads_or_says_why(name: str, **more: Any) -> None:
         assert str(error).strip() and error.exit_code in (1, 2)
 
 
-@bounded(100)
+@bounded(60)
 @given(data=st.data())
 def test_suite_files(data: st.DataObject, tmp_path: Path, offline: None) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(gsm8k_row(number)) + "\n" for number in range(3)))
@@ -140,7 +140,7 @@ def test_suite_files(data: st.DataObject, tmp_path: Path, offline: None) -> None
     loads_or_says_why(str(path))
 
 
-@bounded(100)
+@bounded(60)
 @given(data=st.data())
 def test_rows(data: st.DataObject, tmp_path: Path, offline: None) -> None:
     name = data.draw(st.sampled_from(["gsm8k", "babi", "own"]))
@@ -232,7 +232,7 @@ def spoil(root: Path, data: st.DataObject) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-@bounded(40)
+@bounded(20)
 @given(data=st.data())
 def test_results_folders(data: st.DataObject, whole: Path, tmp_path: Path) -> None:
     root = tmp_path / "results"
@@ -250,7 +250,7 @@ def test_results_folders(data: st.DataObject, whole: Path, tmp_path: Path) -> No
     )
 
 
-@bounded(12)
+@bounded(8)
 @given(data=st.data())
 def test_reports_of_damaged_folders(data: st.DataObject, whole: Path, tmp_path: Path) -> None:
     root = tmp_path / "results"
@@ -281,7 +281,7 @@ WORDS = ["gsm8k", "hops", "flashmem", "vanilla", "../up", "/dev/null", "", "0", 
 MODEL = ["--model", "no-such/model"]
 
 
-@bounded(120)
+@bounded(80)
 @given(
     name=st.sampled_from(COMMANDS) | st.text(max_size=8),
     words=st.lists(st.sampled_from(OPTIONS) | st.sampled_from(WORDS) | st.text(max_size=6), max_size=7),
