@@ -46,8 +46,8 @@ class ResultStore:
         root: the results folder; made when absent.
 
     Raises:
-        StoreError: the folder cannot be written, has a link that leads out of it, or holds results of a schema that this
-            version cannot bring to its own.
+        StoreError: the folder cannot be written, has a link that leads out of it, or holds results of a schema that
+            this version cannot bring to its own.
     """
 
     def __init__(self, root: Path):

@@ -1,8 +1,8 @@
-"""Whether what was read from a results folder has the shape that everything above it relies on.
+"""Whether texts and rows of the latency protocol have the shape that everything above them relies on.
 
-The store sees that a line is whole JSON with a sample's id. A folder can still hold what this program never wrote: it
-was mended by hand, came from elsewhere, or lost a bit that left valid JSON. What has the wrong type is named here, with
-its file, instead of failing somewhere inside a table.
+The store sees to manifests and sample rows. A folder can still hold what this program never wrote: it was mended by
+hand, came from elsewhere, or lost a bit that left valid JSON. What has the wrong type is named here, with its file,
+instead of failing somewhere inside a table.
 """
 
 from __future__ import annotations
@@ -20,29 +20,6 @@ _KINDS = {"string": "text", "int": "a whole number", "float": "a number", "bool"
 _MEND = "move that folder away and run its command again, or put back a copy"
 _LARGEST = 2**63
 _OF_EVERY_RUN = ("model", "method", "device", "dtype", "exec", "protocol", "context", "run", "e2e_ms")
-
-
-def check_manifest(manifest: Mapping[str, Any], cell: Path) -> None:
-    """Refuse a manifest whose parts are not what they should be.
-
-    Raises:
-        StoreError: With the file and the part.
-    """
-    problem = next(_manifest_problems(manifest), None)
-    if problem is not None:
-        raise StoreError(f"{cell / 'manifest.json'} is broken: {problem}; {_MEND}")
-
-
-def check_rows(rows: Sequence[Mapping[str, Any]], cell: Path) -> None:
-    """Refuse rows in which a column holds what it cannot.
-
-    Raises:
-        StoreError: With the file, the sample and the column.
-    """
-    for row in rows:
-        problem = row_problem(row)
-        if problem is not None:
-            raise StoreError(f"{cell / 'samples.jsonl'}: the row of {str(row['sample_id'])[:80]!r}: {problem}; {_MEND}")
 
 
 def check_texts(texts: Mapping[Any, Mapping[str, Any]], cell: Path) -> None:
@@ -68,49 +45,19 @@ def check_latency(rows: Sequence[Any], path: Path) -> None:
             problem: str | None = f"it is {_shown(row)}"
         else:
             missing = [name for name in _OF_EVERY_RUN if row.get(name) is None]
-            problem = f"{missing[0]} is missing" if missing else row_problem(row, "latency")
+            problem = f"{missing[0]} is missing" if missing else _row_problem(row)
         if problem is not None:
             raise StoreError(f"{path}: row {number}: {problem}; delete that line, or move the file away")
 
 
-def row_problem(row: Mapping[str, Any], table: str = "samples") -> str | None:
+def _row_problem(row: Mapping[str, Any]) -> str | None:
     """Return the first column of a row that holds what it cannot, in a clause."""
-    kinds = _columns(table)
+    kinds = _columns()
     for name, value in row.items():
-        kind = kinds.get(name) or ("float" if name.startswith("metric.") else None)
-        if name == "sample_id" and not isinstance(value, str):
-            return f"sample_id is {_shown(value)}, not text"
+        kind = kinds.get(name)
         if value is not None and not (_is(value, kind) if kind else _is_scalar(value)):
             return f"{name} is {_shown(value)}, not {_KINDS[kind] if kind else 'one value'}"
     return None
-
-
-def _manifest_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
-    for key, kind in (("identity", dict), ("descr", dict), ("summary", dict), ("attempts", list)):
-        if not isinstance(manifest.get(key), kind):
-            yield f"{key} is {_shown(manifest.get(key))}"
-    descr, summary = manifest["descr"], manifest["summary"]
-    for key in ("suite", "method"):
-        if not _is(descr.get(key), "string") or not descr[key]:
-            yield f"descr.{key} is {_shown(descr.get(key))}, not a name"
-    if summary.get("score") is not None and not _is(summary["score"], "float"):
-        yield f"summary.score is {_shown(summary['score'])}, not a number"
-    for key in ("status", "why_equal"):
-        if summary.get(key) is not None and not _is(summary[key], "string"):
-            yield f"summary.{key} is {_shown(summary[key])}, not text"
-    marks = descr.get("ablation")
-    for name, entries in (("attempts", manifest["attempts"]), ("descr.ablation", [] if marks is None else marks)):
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            yield f"{name} is {_shown(entries)}, not a list of objects"
-    yield from _mark_problems(marks or [])
-    if not _encodable(manifest):
-        yield "it holds half of a letter"
-
-
-def _mark_problems(marks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    for mark in marks:
-        if not _is(mark.get("axis"), "string") or not _is_scalar(mark.get("value")):
-            yield f"descr.ablation holds {_shown(dict(mark))}"
 
 
 def _text_problems(text: Mapping[str, Any]) -> Iterator[str]:
@@ -137,9 +84,9 @@ def _is_place(trigger: Mapping[str, Any]) -> bool:
     return isinstance(place, int) and not isinstance(place, bool) and 0 <= place < _LARGEST
 
 
-@lru_cache(maxsize=2)
-def _columns(table: str) -> dict[str, str]:
-    return {column.name: column.dtype for column in TABLES[table]}
+@lru_cache(maxsize=1)
+def _columns() -> dict[str, str]:
+    return {column.name: column.dtype for column in TABLES["latency"]}
 
 
 def _is(value: Any, kind: str) -> bool:

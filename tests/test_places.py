@@ -58,7 +58,7 @@ def test_long_names_that_differ_stay_apart(one: list[str], other: list[str]) -> 
 @given(NAME, NAME)
 def test_cells_lie_where_cells_lie(suite: str, method: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flashmem_bench.store.CellStore._describe", lambda *_: None)
+        patch.setattr("flashmem_bench.cell_store.CellStore.get", lambda *_: None)
         patch.setattr("flashmem_bench.store.ResultStore.__init__", lambda self, root: setattr(self, "root", root))
         if suite and method:
             cell = ResultStore(ROOT).open_cell({"suite": suite}, {"suite": suite, "method": method})

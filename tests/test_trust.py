@@ -23,7 +23,7 @@ CALLS = {"eval", "exec", "torch.load", "torch.save", "os.system", "os.popen", "y
          "yaml.load_all", "np.load", "numpy.load", "pd.read_pickle", "pandas.read_pickle"}  # fmt: skip
 # (file, what) -> why it may.
 ALLOWED = {
-    ("flashmem_bench/suites.py", "yaml.load"): "with a safe loader, in which !function is a mere name",
+    ("flashmem_bench/bounded_yaml.py", "yaml.load"): "with safe loaders alone; in suites !function is a mere name",
     ("flashmem_bench/grading/jail/program.py", "exec"): "runs the model's program inside the sandbox: that is its work",
 }
 

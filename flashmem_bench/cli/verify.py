@@ -40,9 +40,9 @@ def verify(
         o.emit_json({"compared": compared, "problems": [vars(problem) for problem in problems], "repaired": done})
     else:
         for sentence in done:
-            print(sentence)
+            o.tell(sentence)
         if done:
-            print("run the commands that made these cells again: what is missing is made anew")
+            o.tell("run the commands that made these cells again: what is missing is made anew")
         for problem in problems[:_SHOWN]:
             o.tell(f"{problem.where}: {problem.what}")
         if len(problems) > _SHOWN:
