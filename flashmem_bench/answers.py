@@ -73,21 +73,27 @@ class CellAnswers:
         prepared: The cell.
         stop: Whether the user asked to stop; those under way are finished then, and nobody begins.
         note: Told what the user should know.
+        began: Told which samples are begun, see `executors.base.Work`.
 
     Raises:
         FlashMemError: The method cannot be built.
     """
 
     def __init__(
-        self, session: Session, prepared: Prepared, stop: Stop, note: Callable[[str], None] = lambda text: None
+        self,
+        session: Session,
+        prepared: Prepared,
+        stop: Stop,
+        note: Callable[[str], None] = lambda text: None,
+        began: Callable[[Sequence[int], bool], None] = lambda indices, warming: None,
     ):
-        self.session, self.prepared, self.stop, self.note = session, prepared, stop, note
+        self.session, self.prepared, self.stop, self.note, self.began = session, prepared, stop, note, began
         self.samples = prepared.suite.samples(session.request.split)
         self.method = answering(prepared.spec.make(prepared.context), prepared.suite)
         self._clock = clock_for(self.backbone.device.type)
         self._peak = PeakMemory(session.backbone)
         self._keeper = PrefixKeeper(self.method, session.request)
-        self._kept_waiting_ms = 0.0
+        self._kept_waiting_ms, self._warm = 0.0, False
 
     @property
     def backbone(self) -> Backbone:
@@ -109,18 +115,22 @@ class CellAnswers:
             FlashMemError: What would fail for every sample, such as a missing grader.
         """
         members = [[(index, self.samples[index]) for index in batch] for batch in batches]
-        self._warm_up(members[0][0][1])
+        if not self._warm and not self.stop.asked:
+            self._warm_up(*next(entry for batch in members for entry in batch if entry[0] in wanted))
         if streams(self.method, self.session.request):
             yield from self._stream([entry for batch in members for entry in batch if entry[0] in wanted])
             return
         for batch in members:
-            for group in by_key(self.method, batch):
-                yield from self._group(group, wanted)
             if self.stop.asked:
                 return
+            for group in by_key(self.method, batch):
+                if not wanted.isdisjoint(index for index, _ in group):
+                    yield from self._group(group, wanted)
 
-    def _warm_up(self, sample: Sample) -> None:
+    def _warm_up(self, index: int, sample: Sample) -> None:
         """Generate once without recording, so that first-call costs are in no row."""
+        self._warm = True
+        self.began([index], True)
         try:
             self.method.warm_up(self._prompt(sample).ids, sample)
         except Exception:  # The same error will be met again, and recorded, by the sample itself.
@@ -140,13 +150,14 @@ class CellAnswers:
 
     def _stream(self, samples: Sequence[tuple[int, Sample]]) -> Iterator[Finished]:
         """Answer samples as seats become free."""
+        numbers = {sample.sample_id: index for index, sample in samples}
         stream = SampleStream(
             self.method,
             self._clock,
             self.session.request.batch_size,
             prompt=self._prompt,
             fits=self._require_room,
-            seed=lambda sample: sample_seed(self.prepared.context.seed, sample.sample_id),
+            seed=lambda sample: self._begin(numbers[sample.sample_id], sample),
             stopped=lambda: self.stop.asked,
             peak=self._peak,
             note=self.note,
@@ -154,6 +165,11 @@ class CellAnswers:
         with closing(stream.answers(samples)) as answers:
             for answer in answers:
                 yield from self._hand_over(self._graded(answer))
+
+    def _begin(self, index: int, sample: Sample) -> int:
+        """Say that a sample takes a seat, and return its seed."""
+        self.began([index], False)
+        return sample_seed(self.prepared.context.seed, sample.sample_id)
 
     def _require_room(self, prompt: Prompt) -> None:
         from flashmem.sampling import require_room
@@ -180,6 +196,7 @@ class CellAnswers:
 
     def _group(self, group: Sequence[tuple[int, Sample]], wanted: frozenset[int]) -> Iterator[Finished]:
         """Answer samples that share one `generate` call."""
+        self.began([index for index, _ in group], False)
         started = time.perf_counter()
         stamp = datetime.now(UTC).isoformat(timespec="milliseconds")
         samples = [sample for _, sample in group]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,29 +32,31 @@ def bank_hash(parts: Mapping[str, Any]) -> str:
 
 
 def find_or_make_bank(
-    results: Path, name: str, context: BuildContext, note: Callable[[str], None] = lambda text: None
+    folders: Sequence[Path], name: str, context: BuildContext, note: Callable[[str], None] = lambda text: None
 ) -> MemoryBank:
     """Load the bank `name`, or fill and store it.
 
     Args:
-        results: The results folder.
+        folders: Results folders that are searched; a new one goes into the first.
         name: From `bank_hash`.
         context: As for building `flashmem` itself.
         note: Told that it takes a while, and when the bank stays small.
     """
     from flashmem.placebo import MemoryBank
 
-    path = results / "banks" / f"{name}.safetensors"
-    if path.exists():
-        return MemoryBank.load(path)
+    paths = [folder / "banks" / f"{name}.safetensors" for folder in folders]
+    for path in paths:
+        if path.exists():
+            return MemoryBank.load(path)
     note(f"collecting memories of other samples of {context.suite.name} for the placebos")
     bank = fill_bank(context)
     if not _enough(bank):
         note(f"the bank holds {len(bank)} memories: the calibration split of {context.suite.name} gives no more")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    # Several processes may make the same one at the same time.
+    partial = paths[0].with_name(f"{name}.{secrets.token_hex(4)}.partial")
     bank.save(partial)
-    partial.replace(path)
+    partial.replace(paths[0])
     return bank
 
 

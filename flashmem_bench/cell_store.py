@@ -226,6 +226,15 @@ class CellStore:
             # The open file is the one that was replaced.
             self.close()
 
+    def amend(self, **entries: Any) -> None:
+        """Replace entries of the manifest, such as `attempts` or `summary`; the others stay.
+
+        Raises:
+            StoreError: the write failed, or another process writes this cell.
+        """
+        with self.claimed():
+            self._save({**self.manifest, **entries})
+
     def put_broken_lines_aside(self) -> dict[str, int]:
         """Move broken lines to the quarantine, so that their samples count as missing; how many, by file.
 
@@ -233,7 +242,7 @@ class CellStore:
             StoreError: the write failed, or another process writes this cell.
         """
         found = {}
-        with self._claimed():
+        with self.claimed():
             for name in (TEXTS, SAMPLES):
                 try:
                     found[name] = remove_broken(self.path / name, self._take().check)
@@ -252,7 +261,7 @@ class CellStore:
             return None
         except StoreError:
             pass
-        with self._claimed():
+        with self.claimed():
             path = next(place for number in count(1) if not (place := self.path / f"manifest.broken-{number}").exists())
             self._take().check()
             try:
@@ -278,7 +287,7 @@ class CellStore:
         """
         if self._described(identity, descr) == self.manifest:
             return
-        with self._claimed():
+        with self.claimed():
             # Only now nobody else can change it.
             self._save(self._described(identity, descr))
 
@@ -302,7 +311,7 @@ class CellStore:
         return plain(new, "manifest")
 
     @contextmanager
-    def _claimed(self) -> Iterator[None]:
+    def claimed(self) -> Iterator[None]:
         """Hold the claim for a moment, or go on holding it."""
         mine = self._claim is None
         self._take()

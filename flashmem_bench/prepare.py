@@ -48,12 +48,14 @@ class CellPlan:
     Attributes:
         identity: What can change an answer; its hash is the cell's id.
         descr: What people want to know besides.
+        common: Sample columns that are the same in every row of the cell.
     """
 
     spec: MethodSpec
     suite: Suite
     identity: dict[str, Any]
     descr: dict[str, Any]
+    common: dict[str, Any]
 
     @property
     def cell(self) -> str:
@@ -67,12 +69,10 @@ class Prepared(CellPlan):
 
     Attributes:
         context: What the method is built from.
-        common: Sample columns that are the same in every row of the cell.
         scored: False for an untrained memory, whose score stays null.
     """
 
     context: BuildContext
-    common: dict[str, Any]
     scored: bool = True
 
 
@@ -137,7 +137,7 @@ def prepare(
     bank = _bank(session, spec, context, checkpoint, note)
     # Over all samples the settings say all of a match; within a sample the moments lie over the reference's own.
     identity = _identity(session, spec, context, checkpoint, bank, None if matched else reference)
-    prepared = Prepared(spec, suite, identity, {}, context, {}, scored=not _untrained(spec, checkpoint))
+    prepared = Prepared(spec, suite, identity, {}, {}, context, scored=not _untrained(spec, checkpoint))
     prepared.common = _common(session, prepared, checkpoint, found)
     prepared.descr = _description(session, prepared, checkpoint, found)
     for text in checkpoint.notes if checkpoint else ():
@@ -256,7 +256,9 @@ def _bank(
         return None
     parts = _memory_parts(session, spec, context, checkpoint)
     name = bank_hash(parts)
-    context.bank = find_or_make_bank(session.request.results_dir, name, context, note)
+    request = session.request
+    folders = list(dict.fromkeys([request.own_dir, request.results_dir]))
+    context.bank = find_or_make_bank(folders, name, context, note)
     return name
 
 

@@ -12,12 +12,13 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashmem_bench.checkpoints import HARM_LIMIT, JOINT, checkpoint_root, harm_of, read_record
 from flashmem_bench.errors import BenchError, UsageError
+from flashmem_bench.limits import Limits
 from flashmem_bench.places import folder_name
 from flashmem_bench.recipes import Recipe
 from flashmem_bench.registry import get_methods
@@ -72,6 +73,11 @@ class Place:
     command: str = ""
     allow_code_execution: bool = False
     allow_uncontained_code: bool = False
+    workers: int = 1
+    limits: Limits = field(default_factory=Limits)
+    executor: str = "local"
+    ray_address: str = "auto"
+    worker_cpus: int = 1
 
 
 class Parts:
@@ -103,6 +109,11 @@ class Parts:
             allow_code_execution=place.allow_code_execution,
             allow_uncontained_code=place.allow_uncontained_code,
             results_dir=place.results_dir,
+            workers=place.workers,
+            limits=place.limits,
+            executor=place.executor,
+            ray_address=place.ray_address,
+            worker_cpus=place.worker_cpus,
             command=place.command,
             **more,
         )
@@ -340,7 +351,7 @@ def commands(name: str, parts: Parts) -> list[str]:
         line += ["--batch-size", str(recipe.run.batch_size)]
         line += ["--limit", str(recipe.run.limit)] if recipe.run.limit else []
         line += ["--checkpoint", str(arm.checkpoint)] if arm.checkpoint else []
-        lines.append([*line, *common, *options, *_code_options(place)])
+        lines.append([*line, *common, *options, *_code_options(place), *_worker_options(place)])
     lines.append(["flashmem-bench", "report", "--results-dir", str(place.results_dir)])
     return [shlex.join(line) for line in lines]
 
@@ -356,6 +367,17 @@ def _code_options(place: Place) -> list[str]:
     """What commands that grade need beside; calibrating does not grade."""
     options = ["--allow-code-execution"] if place.allow_code_execution else []
     return options + (["--allow-uncontained-code"] if place.allow_uncontained_code else [])
+
+
+def _worker_options(place: Place) -> list[str]:
+    options = ["--workers", str(place.workers)] if place.workers > 1 else []
+    for name in ("executor", "ray_address", "worker_cpus"):
+        if getattr(place, name) != getattr(Place, name):
+            options += [f"--{name.replace('_', '-')}", str(getattr(place, name))]
+    for name, value in vars(place.limits).items():
+        if value != getattr(Limits(), name):
+            options += [f"--{name.replace('_', '-')}", f"{value:g}"]
+    return options
 
 
 def arms(recipe: Recipe, results_dir: Path) -> Iterator[Arms]:
@@ -378,21 +400,22 @@ def run_arms(parts: Parts, progress: Any, say: Callable[[str], None]) -> list[Ce
     Raises:
         BenchError: A memory of the recipe is not there.
     """
-    from flashmem_bench.runner import run_grid
+    from flashmem_bench.runner import run_grid, worker_processes
 
     results: list[CellResult] = []
-    for arm in arms(parts.recipe, parts.place.results_dir):
-        if arm.checkpoint is not None:
-            say_harm(arm, say)
-        session = parts.session(
-            (arm.suite,),
-            arm.methods,
-            seed=arm.seed,
-            limit=parts.recipe.run.limit,
-            batch_size=parts.recipe.run.batch_size,
-            checkpoint=str(arm.checkpoint) if arm.checkpoint else None,
-        )
-        results += run_grid(session.request, progress=progress, session=session)
+    with worker_processes(parts.session((), ()).request) as workers:
+        for arm in arms(parts.recipe, parts.place.results_dir):
+            if arm.checkpoint is not None:
+                say_harm(arm, say)
+            session = parts.session(
+                (arm.suite,),
+                arm.methods,
+                seed=arm.seed,
+                limit=parts.recipe.run.limit,
+                batch_size=parts.recipe.run.batch_size,
+                checkpoint=str(arm.checkpoint) if arm.checkpoint else None,
+            )
+            results += run_grid(session.request, progress=progress, session=session, workers=workers)
     return results
 
 

@@ -156,7 +156,7 @@ def sample_row(common: Mapping[str, Any], *parts: Mapping[str, Any]) -> dict[str
     return row
 
 
-def text_record(sample: Sample, generation: Generation | None, backbone: Backbone) -> dict[str, Any]:
+def text_record(sample: Sample, generation: Generation | None, backbone: Backbone | None) -> dict[str, Any]:
     """Return what the text file keeps of a sample, enough to grade it again and to draw its entropy trace."""
     record: dict[str, Any] = {
         "sample_id": sample.sample_id,
@@ -169,7 +169,7 @@ def text_record(sample: Sample, generation: Generation | None, backbone: Backbon
         "entropies": [],
         "output_entropies": [],
     }
-    if generation is None:
+    if generation is None or backbone is None:
         return record
     record["text"] = generation.text
     if generation.candidates:

@@ -7,30 +7,36 @@ again, and a larger `--limit` extends the cell.
 Who answers is an executor's business (`executors`): this process or others. A batch of neighbours is made of the
 suite's order whatever is done already, so that it has the same members in every attempt.
 
-Ctrl-C lets the samples in progress finish; a second one does not wait.
+Ctrl-C, or SIGTERM, lets the samples in progress finish; a second one does not wait.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import closing
+import itertools
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from flashmem_bench.equality import why_equal
 from flashmem_bench.executors.base import Executor, Work
 from flashmem_bench.executors.here import Here
 from flashmem_bench.interrupts import Interrupted, Stop, interruptible
-from flashmem_bench.prepare import CellPlan, preflight, read_reference
+from flashmem_bench.limits import TooManyErrors
+from flashmem_bench.matching import needs_all, reference_for
+from flashmem_bench.prepare import CellPlan, preflight
 from flashmem_bench.privacy import redact
 from flashmem_bench.progress import Progress, Silent
 from flashmem_bench.registry import get_methods
-from flashmem_bench.selection import batches_of
+from flashmem_bench.selection import batches_of, share_of
 from flashmem_bench.session import Request, Session
+from flashmem_bench.summary import cell_summary
 from flashmem_bench.writer import RowWriter
 
 if TYPE_CHECKING:
     from flashmem_bench.answers import Finished
+    from flashmem_bench.executors.supervisor import Workers
+    from flashmem_bench.methods.base import MethodSpec
     from flashmem_bench.store import CellStore
 
 
@@ -39,8 +45,9 @@ class CellResult:
     """What became of one cell.
 
     Attributes:
-        status: complete, partial (some samples failed) or failed (all did, or the cell could not begin).
+        status: complete, partial (some samples failed, or have no row) or failed (all did).
         error: The first error sentence.
+        stopped: Why samples have no row; None where all have one.
     """
 
     suite: str
@@ -49,6 +56,7 @@ class CellResult:
     status: str
     rows: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
+    stopped: str | None = None
     new_samples: int = 0
     summary: dict[str, Any] = field(default_factory=dict)
 
@@ -59,6 +67,7 @@ def run_grid(
     progress: Progress | None = None,
     session: Session | None = None,
     descr: Mapping[str, Any] | None = None,
+    workers: Workers | None = None,
 ) -> list[CellResult]:
     """Run every method on every suite of a request.
 
@@ -67,10 +76,11 @@ def run_grid(
         progress: Told what happens.
         session: Loaded parts to share with other calls; its request must name the same model and folders.
         descr: Added to the description of every cell, such as the ablation that it belongs to.
+        workers: Processes to share with other calls, see `worker_processes`.
 
     Raises:
-        FlashMemError: A mistake that concerns the whole request.
-        Interrupted: The user pressed Ctrl-C.
+        FlashMemError: A mistake that concerns the whole request, or too many samples failed.
+        Interrupted: The user pressed Ctrl-C, or a scheduler sent SIGTERM.
     """
     session = session or Session(request)
     progress = progress or Silent()
@@ -80,12 +90,48 @@ def run_grid(
     referred = get_methods(spec.reference for spec in specs if spec.reference)
     for note in preflight(session, request.suites, [*specs, *referred]):
         progress.note(note)
-    with interruptible() as stop, closing(Here(session)) as executor:
-        grid = _Grid(session, executor, progress, stop, descr or {})
-        for suite in dict.fromkeys(request.suites):
-            for spec in specs:
-                grid.run(suite, spec.name)
+    with interruptible() as stop:
+        try:
+            with closing(executor_for(session, stop, workers)) as executor:
+                grid = _Grid(session, executor, progress, stop, descr or {})
+                for suite, spec in _order(request, specs):
+                    grid.run(suite, spec.name)
+        except KeyboardInterrupt:
+            raise Interrupted(stop.signum) from None
     return list(grid.results.values())
+
+
+def executor_for(session: Session, stop: Stop, workers: Workers | None = None) -> Executor:
+    """Return who answers a request: this process, unless it asks for several or for one that can be stopped."""
+    if session.request.executor == "ray":
+        from flashmem_bench.executors.ray_cluster import RayCluster
+
+        return RayCluster(session, stop)
+    if not session.request.in_processes:
+        return Here(session)
+    from flashmem_bench.executors.local import Local
+
+    return Local(session, stop, workers)
+
+
+@contextmanager
+def worker_processes(request: Request) -> Iterator[Workers | None]:
+    """Keep worker processes, and the backbone in each, from one `run_grid` to the next; None where none are needed."""
+    if not request.in_processes:
+        yield None
+        return
+    from flashmem_bench.executors.supervisor import Workers
+
+    with closing(Workers(request.workers, request.device)) as workers:
+        yield workers
+
+
+def _order(request: Request, specs: Sequence[MethodSpec]) -> list[tuple[str, MethodSpec]]:
+    """Return the cells in their order. What a shard alone may be unable to run comes last."""
+    cells = list(itertools.product(dict.fromkeys(request.suites), specs))
+    if request.shard is None:
+        return cells
+    return sorted(cells, key=lambda cell: needs_all(cell[1], request.match))
 
 
 class _Grid:
@@ -106,8 +152,7 @@ class _Grid:
         (spec,) = get_methods([method])
         session = self.session
         wanted = self.results[suite, spec.reference].cell if spec.reference else None
-        found = [cell for cell in session.store.cells() if cell.cell_id == wanted]
-        reference = read_reference(session, suite, found[0]) if found else None
+        reference = reference_for(session, suite, spec, wanted)
         plan = self.executor.plan(suite, method, reference, self.progress.note)
         plan.descr.update(self._description(method))
         return run_cell(session, plan, self.progress, self.stop, self.executor)
@@ -126,8 +171,9 @@ def run_cell(
     executor: Executor | None = None,
 ) -> CellResult:
     """Run the samples of one cell that are still missing and describe the whole cell."""
-    cell = session.store.open_cell(plan.identity, plan.descr)
-    run = _CellRun(session, plan, cell, progress, stop or Stop(), executor or Here(session))
+    chosen = _Chosen.of(session, plan)
+    cell = session.store.open_cell(plan.identity, {**plan.descr, **chosen.shard})
+    run = _CellRun(session, plan, chosen, cell, progress, stop or Stop(), executor or Here(session))
     progress.start(f"{plan.suite.name} x {plan.spec.name}", run.total, run.total - len(run.missing))
     try:
         if run.missing:
@@ -138,20 +184,50 @@ def run_cell(
     return run.result()
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    """The samples that a request wants of a cell.
+
+    Attributes:
+        ids: Sample ids by index.
+        batches: Indices that are answered together; see `selection.batches_of`.
+        shard: Which part of how many samples they are; empty where they are all.
+    """
+
+    ids: dict[int, str]
+    batches: list[list[int]]
+    shard: dict[str, Any]
+
+    @classmethod
+    def of(cls, session: Session, plan: CellPlan) -> _Chosen:
+        request, samples = session.request, plan.suite.samples(session.request.split)
+        wanted, batches = batches_of(request, samples.sessions(), plan.suite.name)
+        mine, batches = share_of(request, batches, wanted, samples)
+        part = request.shard
+        of = {"index": part.index, "count": part.count, "samples": len(mine), "of": len(wanted)} if part else None
+        return cls({index: samples[index].sample_id for index in mine}, batches, {"shard": of} if of else {})
+
+
 class _CellRun:
     """One attempt at what is missing of a cell."""
 
     def __init__(
-        self, session: Session, plan: CellPlan, cell: CellStore, progress: Progress, stop: Stop, executor: Executor
+        self,
+        session: Session,
+        plan: CellPlan,
+        chosen: _Chosen,
+        cell: CellStore,
+        progress: Progress,
+        stop: Stop,
+        executor: Executor,
     ):
         self.session, self.plan, self.cell = session, plan, cell
         self.progress, self.stop, self.executor = progress, stop, executor
-        samples = plan.suite.samples(session.request.split)
-        chosen, self._batches = batches_of(session.request, samples.sessions(), plan.suite.name)
-        self._ids = {index: samples[index].sample_id for index in chosen}
+        self._ids, self._batches, self._shard = chosen.ids, chosen.batches, chosen.shard
         done = {row["sample_id"] for row in cell.rows() if row.get("error") is None}
         self.missing = frozenset(index for index, name in self._ids.items() if name not in done)
-        self.finished = 0
+        self.finished = self.failed = 0
+        self._way: dict[str, Any] = {}
 
     @property
     def total(self) -> int:
@@ -163,28 +239,62 @@ class _CellRun:
 
         Raises:
             Interrupted: The user asked to stop.
+            TooManyErrors: See `Limits.fail_on_error`.
         """
         pending = [batch for batch in self._batches if not self.missing.isdisjoint(batch)]
         work = Work(self.plan, pending, self.missing, self.stop)
         answers = self.executor.answers(work, self.progress.note)
-        info = {"command": redact(self.session.request.command), **self.executor.environment()}
+        made_by = {"executor": self.executor.name, "workers": self.executor.workers}
+        # The token tells attempts apart when the cells of several folders are merged.
+        known = {
+            "command": redact(self.session.request.command),
+            "token": secrets.token_hex(8),
+            **self._shard,
+            **made_by,
+        }
+        info = {**known, **self.executor.environment()}
         attempt = self.cell.begin_attempt(info)
         try:
             with RowWriter(self.cell) as writer, closing(answers):
                 for finished in answers:
                     self._store(writer, finished, attempt)
             if self.stop.asked:
-                raise Interrupted
+                raise Interrupted(self.stop.signum)
+            self._way = self.executor.summary()
         except BaseException:
             self.cell.finish(self._summary("partial"))
             raise
-        self.cell.finish(self._summary("complete"))
+        self.cell.finish(self._summary("partial" if self._stopped else "complete"))
 
     def _store(self, writer: RowWriter, finished: Finished, attempt: int) -> None:
         row = {**finished.row, "attempt": attempt}
-        writer.put(row, finished.text)
+        # A second Ctrl-C must not fall between a sample and its row.
+        with self.stop.shielded():
+            writer.put(row, finished.text)
         self.finished += 1
         self.progress.advance(row)
+        self._count_failure(row)
+        if self.stop.at_once:
+            raise KeyboardInterrupt
+
+    def _count_failure(self, row: Mapping[str, Any]) -> None:
+        if row.get("error") is None:
+            return
+        self.failed += 1
+        if self.failed == 1:
+            self.first_error = row["error"]
+        limits, request = self.session.request.limits, self.session.request
+        if limits.exceeded(self.failed, self.total):
+            raise TooManyErrors(
+                f"{self.failed} of {self.total} samples of {self.plan.suite.name} x {self.plan.spec.name} failed, more "
+                f"than --fail-on-error {limits.fail_on_error:g} allows; the first: {self.first_error.rstrip('.')}; "
+                f"everything finished is stored, and this goes on: {request.command}"
+            )
+
+    @property
+    def _stopped(self) -> str | None:
+        """Why the executor left samples; None where it left none."""
+        return self._way.get("stopped")
 
     def result(self) -> CellResult:
         """Return what the cell has now of the samples that were wanted."""
@@ -192,7 +302,9 @@ class _CellRun:
         # On disk they are in the order in which they were finished.
         rows = sorted((row for row in self.cell.rows() if row["sample_id"] in wanted), key=lambda row: row["index"])
         errors = [row["error"] for row in rows if row.get("error")]
-        status = "complete" if not errors else "failed" if len(errors) == len(rows) else "partial"
+        status = "partial" if self._stopped else "complete"
+        if errors:
+            status = "failed" if len(errors) == self.total else "partial"
         return CellResult(
             suite=self.plan.suite.name,
             method=self.plan.spec.name,
@@ -200,20 +312,10 @@ class _CellRun:
             status=status,
             rows=rows,
             error=errors[0] if errors else None,
+            stopped=self._stopped and f"{self._stopped}; {self.total - len(rows)} of {self.total} samples have no row",
             new_samples=self.finished,
             summary=self.cell.manifest.get("summary", {}),
         )
 
     def _summary(self, status: str) -> dict[str, Any]:
-        rows = sorted(self.cell.rows(), key=lambda row: row["index"])
-        scores = [row["score"] for row in rows if row.get("score") is not None and row.get("score_valid")]
-        errors = [row["error"] for row in rows if row.get("error")]
-        return {
-            "status": "partial" if errors else status,
-            "n": len(rows),
-            "score": sum(scores) / len(scores) if scores else None,
-            "errors": len(errors),
-            "triggers": sum(row["triggers"] or 0 for row in rows),
-            "why_equal": why_equal(self.session.store, self.cell, rows),
-            **self.executor.summary(),
-        }
+        return {**cell_summary(self.session.store, self.cell, status), **self.executor.summary()}

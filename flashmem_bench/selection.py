@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from flashmem_bench.errors import UsageError
+from flashmem_bench.shards import split
 
 if TYPE_CHECKING:
+    from flashmem_bench.samples import Sample
     from flashmem_bench.session import Request
 
 
@@ -54,3 +56,14 @@ def batches_of(request: Request, sessions: Sequence[str | None], suite: str) -> 
         return wanted, [[index] for index in wanted]
     size = request.batch_size
     return wanted, [list(range(start, min(start + size, len(sessions)))) for start in range(0, len(wanted), size)]
+
+
+def share_of(
+    request: Request, batches: list[list[int]], wanted: Sequence[int], samples: Sequence[Sample]
+) -> tuple[list[int], list[list[int]]]:
+    """Return the indices and batches of `batches_of` that belong to the request's shard; all of them without one."""
+    if request.shard is None:
+        return list(wanted), batches
+    mine = split(batches, samples, request.shard.count)[request.shard.index]
+    inside = {index for batch in mine for index in batch}
+    return [index for index in wanted if index in inside], mine

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from flashmem_bench.claims import pin
 from flashmem_bench.errors import UsageError
+from flashmem_bench.limits import Limits
 from flashmem_bench.models import BUNDLED, load_backbone
 from flashmem_bench.settings import Settings, split_suite_settings
+from flashmem_bench.shards import Shard
 from flashmem_bench.store import ResultStore
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 TRUNCATIONS = ("left", "middle")
 MATCHES = ("within", "pooled")
+EXECUTORS = ("local", "ray")
 PLACEMENTS = ("single", "auto")
 
 
@@ -47,7 +50,14 @@ class Request:
         match: How a random trigger is matched to its flashmem cell.
         allow_code_execution: Grading may run programs that the model writes.
         allow_uncontained_code: It may do so where nothing keeps them in.
+        shard: The part of the samples that is answered; None = all.
+        rows_dir: Results folder for rows and banks; None = `results_dir`, where memories and thresholds always are.
         calibrate_missing: Measure a threshold that is not there, instead of refusing (ablations of the monitor).
+        workers: Processes of this machine that answer.
+        executor: local, or ray for the workers of a Ray cluster.
+        ray_address: Of the cluster; auto finds the one of this machine.
+        worker_cpus: CPUs of a worker of the cluster that has no GPU.
+        limits: How long and how large samples may be, and how many may fail.
         command: The command line that continues this run.
     """
 
@@ -74,7 +84,14 @@ class Request:
     trust_suite: bool = False
     allow_code_execution: bool = False
     allow_uncontained_code: bool = False
+    shard: Shard | None = None
+    rows_dir: Path | None = None
     calibrate_missing: bool = False
+    workers: int = 1
+    executor: str = "local"
+    ray_address: str = "auto"
+    worker_cpus: int = 1
+    limits: Limits = field(default_factory=Limits)
     command: str = ""
 
     def __post_init__(self) -> None:
@@ -84,12 +101,31 @@ class Request:
             raise UsageError(f"--batch-size must be 1 or more, not {self.batch_size}")
         if self.batch_size > 1 and (self.limit_sessions or self.questions_per_session):
             raise UsageError("--limit-sessions and --questions-per-session need --batch-size 1")
+        if self.workers < 1:
+            raise UsageError(f"--workers must be 1 or more, not {self.workers}")
+        if self.executor not in EXECUTORS:
+            raise UsageError(f"--executor must be local or ray, not {self.executor!r}")
+        if self.executor == "ray" and (self.workers > 1 or self.limits.worker_memory is not None):
+            raise UsageError(
+                "--workers and --worker-memory are for processes of this machine; a Ray cluster has a worker on each "
+                "GPU, or on each --worker-cpus CPUs"
+            )
         if self.truncate is not None and self.truncate not in TRUNCATIONS:
             raise UsageError(f"--truncate must be left or middle, not {self.truncate!r}")
         if self.placement not in PLACEMENTS:
             raise UsageError(f"--placement must be single or auto, not {self.placement!r}")
         if self.match not in MATCHES:
             raise UsageError(f"--match must be within or pooled, not {self.match!r}")
+
+    @property
+    def in_processes(self) -> bool:
+        """Whether other processes of this machine answer: there are several, or one that a limit can end."""
+        return self.executor == "local" and (self.workers > 1 or self.limits.need_a_process)
+
+    @property
+    def own_dir(self) -> Path:
+        """The results folder that this command writes."""
+        return self.rows_dir if self.rows_dir is not None else self.results_dir
 
 
 class Session:
@@ -110,7 +146,7 @@ class Session:
     @cached_property
     def store(self) -> ResultStore:
         """The results folder; a new one fixes the margins of the claims before its first run."""
-        store = ResultStore(self.request.results_dir)
+        store = ResultStore(self.request.own_dir)
         pin(store.root, datetime.now(UTC).isoformat(timespec="seconds"))
         return store
 

@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING
 
 from flashmem_bench.errors import UsageError
 
+SHARDS = "shards"
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from flashmem_bench.tasks import Sample
 
 
@@ -49,6 +53,11 @@ class Shard:
     def owns(self, sample: Sample) -> bool:
         """Return whether a sample is in this part."""
         return shard_of(sample, self.count) == self.index
+
+
+def shard_folder(results: Path, shard: Shard) -> Path:
+    """Return where the rows of a shard go: a results folder of its own."""
+    return results / SHARDS / f"{shard.index}-of-{shard.count}"
 
 
 def shard_of(sample: Sample, count: int) -> int:

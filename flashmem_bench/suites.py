@@ -125,6 +125,19 @@ def read_suite_file(path: Path) -> dict[str, Any]:
     return _merged(path.resolve(), (), {})
 
 
+def suite_files(path: Path) -> list[Path]:
+    """Return a suite file, all that it includes, and the data files that it names and that lie beside it.
+
+    Raises:
+        DataError: As `read_suite_file`.
+    """
+    named = (read_suite_file(path).get("dataset_kwargs") or {}).get("data_files") or []
+    entries = named.values() if isinstance(named, Mapping) else [named]
+    names = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])]
+    beside = [path.resolve().parent / str(name) for name in names if not Path(str(name)).is_absolute()]
+    return [*_chain(path.resolve()), *(file for file in beside if file.is_file())]
+
+
 def judges_given_answers(info: SuiteInfo) -> bool:
     """Return whether a suite compares the likelihoods of given answers instead of generating one."""
     return read_suite_file(info.path).get("output_type", GENERATED) in CHOICE_KINDS

@@ -22,6 +22,7 @@ from flashmem_bench.store import ResultStore
 from flashmem_bench.watch import watching
 
 if TYPE_CHECKING:
+    from flashmem_bench.executors.supervisor import Workers
     from flashmem_bench.runner import CellResult
 
 
@@ -89,13 +90,18 @@ def run_sweep(request: Request, sweep: Sweep, quiet: bool) -> Iterator[CellResul
     Raises:
         Interrupted: The user stopped it; everything finished is stored.
     """
+    from flashmem_bench.runner import worker_processes
+
     session = Session(request)
     _ = session.store
-    for point in sweep.points:
-        yield from _run_point(session, request, sweep, point, quiet)
+    with worker_processes(request) as workers:
+        for point in sweep.points:
+            yield from _run_point(session, request, sweep, point, quiet, workers)
 
 
-def _run_point(session: Session, request: Request, sweep: Sweep, point: Point, quiet: bool) -> Iterator[CellResult]:
+def _run_point(
+    session: Session, request: Request, sweep: Sweep, point: Point, quiet: bool, workers: Workers | None
+) -> Iterator[CellResult]:
     """Run the cells of one value; where the axis trains, each with its own memory."""
     from flashmem_bench.runner import run_grid
 
@@ -105,7 +111,8 @@ def _run_point(session: Session, request: Request, sweep: Sweep, point: Point, q
     methods = sweep.methods(request, point)
     for suite, method, seed in itertools.product(request.suites, methods, sweep.seeds):
         session.request = _request_of(session, request, sweep, point, (suite, method, seed), quiet)
-        found = run_grid(session.request, progress=progress_for(quiet), session=session, descr={"ablation": [mark]})
+        shared = {"session": session, "workers": workers}
+        found = run_grid(session.request, progress=progress_for(quiet), descr={"ablation": [mark]}, **shared)
         yield from (result for result in found if result.method in methods)
 
 

@@ -107,13 +107,14 @@ class _Pass:
         return list(paths.values())
 
     def _trace(self, missing: set[str], count: int) -> None:
+        from flashmem_bench.matching import reference_for
         from flashmem_bench.methods.latent import LatentMethod
-        from flashmem_bench.prepare import prepare, read_reference
+        from flashmem_bench.prepare import prepare
         from flashmem_bench.registry import get_method
 
-        suite, name = self.result.suite, get_method(self.result.method).reference
-        matched_to = self.by_name.get((suite, name)) if name else None
-        reference = read_reference(self.session, suite, matched_to) if matched_to else None
+        suite, spec = self.result.suite, get_method(self.result.method)
+        matched_to = self.by_name.get((suite, spec.reference)) if spec.reference else None
+        reference = reference_for(self.session, suite, spec, matched_to.cell_id if matched_to else None)
         prepared = prepare(self.session, suite, self.result.method, reference)
         if prepared.cell != self.cell.cell_id:
             raise BenchError(f"the settings of {self.name} no longer name its cell; run the same command again")

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flashmem.errors import FlashMemError
@@ -23,13 +24,13 @@ from flashmem_bench.rows import make_prompt, trigger_hits
 from flashmem_bench.runner import run_cell
 from flashmem_bench.store import ResultStore
 
-# What may differ between two runs of the same cell: clocks, and which start made the row.
-_VARYING = ("_ms", "started_at", "attempt", "overhead_share")
+# What may differ between two runs of the same cell: clocks, which start made the row, and who answered.
+_VARYING = ("_ms", "started_at", "attempt", "overhead_share", "worker", "workers", "timing_valid")
 
 
 def table(results: Path) -> list[dict]:
     """Rows of all cells without what may differ between two runs."""
-    rows = [row for cell in ResultStore(results).cells() for row in cell.rows()]
+    rows = [row for cell in ResultStore(results).cells() for row in sorted(cell.rows(), key=lambda row: row["index"])]
     return [{key: value for key, value in row.items() if not key.endswith(_VARYING)} for row in rows]
 
 
@@ -51,28 +52,33 @@ def lines(results: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in results.glob("runs/*/*/*/samples.jsonl"))
 
 
-def kill_after(bench, results: Path, rows: int) -> None:
-    """Start the real command and kill it as soon as that many rows are there."""
-    process = subprocess.Popen(command(bench, results), env=environment(), stderr=subprocess.PIPE)
+def kill_after(bench, results: Path, rows: int, *more: str) -> None:
+    """Start the real command and kill it as soon as that many rows are there; its workers end by themselves."""
+    process = subprocess.Popen(command(bench, results, *more), env=environment(), stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while lines(results) < rows and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
+    workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    # Nobody reaps orphans in a container without an init process: those that wait for it have ended.
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert all(worker.status() == psutil.STATUS_ZOMBIE for worker in alive)
 
 
-def test_killed_twice_gives_the_table_of_an_undisturbed_run(bench, tmp_path):
+def test_killed_three_times_gives_the_table_of_an_undisturbed_run(bench, tmp_path):
     whole, killed = bench.results(tmp_path / "whole"), bench.results(tmp_path / "killed")
     subprocess.run(command(bench, whole), env=environment(), check=True)
-    for rows in (5, 11):
-        kill_after(bench, killed, rows)
+    for rows, workers in ((3, "2"), (7, "1"), (11, "2")):
+        kill_after(bench, killed, rows, "--workers", workers)
         assert rows <= lines(killed) <= 14
     subprocess.run(command(bench, killed), env=environment(), check=True)
     assert table(killed) == table(whole)
     assert texts(killed) == texts(whole)
     (cell,) = ResultStore(killed).cells()
     assert len(cell.rows()) == 14 and lines(killed) >= 14
-    assert len(cell.manifest["attempts"]) == 3 and cell.manifest["summary"]["status"] == "complete"
+    assert [attempt["workers"] for attempt in cell.manifest["attempts"]] == [2, 1, 2, 1]
+    assert cell.manifest["summary"]["status"] == "complete"
     assert len({row["attempt"] for row in cell.rows()}) > 1
 
 

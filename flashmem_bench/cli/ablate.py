@@ -35,6 +35,14 @@ def ablate(
         str, typer.Option("--train-seed", help="Seeds of axes that train; repeat with commas.")
     ] = "0",
     batch_size: o.BatchSize = "1",
+    workers: o.Workers = "1",
+    executor: o.Executor = "local",
+    ray_address: o.RayAddress = "auto",
+    worker_cpus: o.WorkerCpus = "1",
+    sample_timeout: o.SampleTimeout = None,
+    cell_timeout: o.CellTimeout = None,
+    worker_memory: o.WorkerMemory = None,
+    fail_on_error: o.FailOnError = "1",
     device: o.Device = "auto",
     dtype: o.DType = "auto",
     checkpoint: o.Checkpoint = None,
@@ -87,6 +95,11 @@ def ablate(
         allow_uncontained_code=allow_uncontained_code,
         results_dir=results_dir,
         calibrate_missing=True,
+        workers=o.count(workers, "--workers") or 1,
+        executor=executor,
+        ray_address=ray_address,
+        worker_cpus=o.count(worker_cpus, "--worker-cpus") or 1,
+        limits=o.limits(sample_timeout, cell_timeout, worker_memory, fail_on_error),
         command=o.command_line(),
     )
     schedule = Schedule(o.number(minutes, "--minutes"), recipe)
@@ -125,9 +138,9 @@ def run_axis(request: Request, sweep: Sweep, *, json: bool, quiet: bool) -> int:
     try:
         for result in run_sweep(request, sweep, quiet):
             results.append(result)
-    except Interrupted:
-        o.say(f"interrupted; everything finished is stored. Continue with: {request.command}")
-        return 130
+    except Interrupted as interrupted:
+        o.say(interrupted.sentence(request.command))
+        return interrupted.exit_code
     code = conclude(request, results, json=json, quiet=True)
     if not json and not quiet:
         _show(request, sweep.axis, results)

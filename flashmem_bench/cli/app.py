@@ -13,6 +13,7 @@ from flashmem_bench.cli.doctor import doctor
 from flashmem_bench.cli.engine import engine
 from flashmem_bench.cli.latency import latency
 from flashmem_bench.cli.lists import list_names
+from flashmem_bench.cli.merge import merge
 from flashmem_bench.cli.moments import moments
 from flashmem_bench.cli.plan import plan
 from flashmem_bench.cli.regrade import regrade
@@ -21,6 +22,7 @@ from flashmem_bench.cli.reproduce import reproduce
 from flashmem_bench.cli.run import run
 from flashmem_bench.cli.train import train
 from flashmem_bench.cli.verify import verify
+from flashmem_bench.cli.worker import worker
 from flashmem_bench.terminal import tell
 
 app = typer.Typer(
@@ -42,6 +44,8 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
 
 for _name, _command in {
     "run": run,
+    "worker": worker,
+    "merge": merge,
     "ablate": ablate,
     "train": train,
     "calibrate": calibrate,

@@ -9,8 +9,10 @@ import logging
 import shlex
 import sys
 import warnings
+from collections.abc import Callable
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -19,6 +21,9 @@ from flashmem_bench.privacy import redact
 from flashmem_bench.terminal import CleanFormatter, clean, console, emit_json, say, tell
 
 __all__ = ["console", "emit_json", "say", "tell"]
+
+if TYPE_CHECKING:
+    from flashmem_bench.limits import Limits
 
 _RUNNING, _DATA, _OUTPUT = "Running", "Data", "Output"
 
@@ -58,6 +63,34 @@ Truncate = Annotated[
 Match = Annotated[
     str, _option("--match", help="How random moments are matched: within or pooled.", metavar="HOW", panel=_RUNNING)
 ]
+Workers = Annotated[
+    str, _option("--workers", help="Processes: one a GPU, or several that share the cores (1).", metavar="N",
+                 panel=_RUNNING)
+]  # fmt: skip
+Executor = Annotated[
+    str, _option("--executor", help="Who answers: local (default), or ray: a cluster.", metavar="NAME", panel=_RUNNING)
+]
+RayAddress = Annotated[
+    str, _option("--ray-address", help="Of the Ray cluster (auto: that of this machine).", metavar="HOST:PORT",
+                 panel=_RUNNING)
+]  # fmt: skip
+WorkerCpus = Annotated[
+    str, _option("--worker-cpus", help="CPUs of a worker of the cluster without a GPU (1).", metavar="N",
+                 panel=_RUNNING)
+]  # fmt: skip
+SampleTimeout = Annotated[
+    str | None, _option("--sample-timeout", help="A sample that takes longer fails.", metavar="SECONDS", panel=_RUNNING)
+]
+CellTimeout = Annotated[
+    str | None, _option("--cell-timeout", help="After so long, the next cell.", metavar="SECONDS", panel=_RUNNING)
+]
+WorkerMemory = Annotated[
+    str | None, _option("--worker-memory", help="A sample that needs more memory fails.", metavar="GIB", panel=_RUNNING)
+]
+FailOnError = Annotated[
+    str, _option("--fail-on-error", help="Stop when more than this share of a cell fails (1: never).",
+                 metavar="FRACTION", panel=_RUNNING)
+]  # fmt: skip
 DataDir = Annotated[
     Path | None, _option("--data-dir", help="Folder with <suite>/<file>.jsonl[.gz].", metavar="DIR", panel=_DATA)
 ]
@@ -78,6 +111,40 @@ Debug = Annotated[bool, _option("--debug", help="Log everything; tracebacks.", p
 
 DEFAULT_RESULTS = Path("results")
 _FORMAT_WARNING = warnings.formatwarning
+
+
+def reads(read: Callable[..., Any]) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Make a command whose options are those of `read`; several commands may share one list of options.
+
+    Args:
+        read: Its parameters are the options; the command gets what it returns as its first argument.
+
+    Returns:
+        A decorator; further parameters of the command are options of its own.
+    """
+
+    def decorate(command: Callable[..., int]) -> Callable[..., int]:
+        own = _parameters(command)[1:]
+
+        def run(**values: Any) -> int:
+            mine = {parameter.name: values.pop(parameter.name) for parameter in own}
+            return command(read(**values), **mine)
+
+        parameters = [*own, *_parameters(read)]
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def _parameters(function: Callable[..., Any]) -> list[Parameter]:
+    hints = get_type_hints(function, include_extras=True)
+    return [
+        parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=hints[name])
+        for name, parameter in signature(function).parameters.items()
+    ]
 
 
 def split_list(values: list[str] | None) -> tuple[str, ...]:
@@ -120,6 +187,24 @@ def number(value: str | None, option: str) -> float | None:
     if not 0 < parsed < float("inf"):
         raise UsageError(f"{option} must be a number above 0, not {value!r}")
     return parsed
+
+
+def limits(
+    sample_timeout: str | None, cell_timeout: str | None, worker_memory: str | None, fail_on_error: str
+) -> Limits:
+    """Read the limits of a run."""
+    from flashmem_bench.limits import Limits
+
+    try:
+        share = float(fail_on_error)
+    except ValueError:
+        raise UsageError(f"--fail-on-error must be a share from 0 to 1, not {fail_on_error!r}") from None
+    return Limits(
+        number(sample_timeout, "--sample-timeout"),
+        number(cell_timeout, "--cell-timeout"),
+        number(worker_memory, "--worker-memory"),
+        share,
+    )
 
 
 def command_line() -> str:

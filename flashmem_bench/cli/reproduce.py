@@ -18,6 +18,14 @@ def reproduce(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the commands only.")] = False,
     device_tflops: Tflops = None,
     bandwidth: Bandwidth = None,
+    workers: o.Workers = "1",
+    executor: o.Executor = "local",
+    ray_address: o.RayAddress = "auto",
+    worker_cpus: o.WorkerCpus = "1",
+    sample_timeout: o.SampleTimeout = None,
+    cell_timeout: o.CellTimeout = None,
+    worker_memory: o.WorkerMemory = None,
+    fail_on_error: o.FailOnError = "1",
     data_dir: o.DataDir = None,
     skip_bad_rows: o.SkipBadRows = False,
     trust_suite: o.TrustSuite = False,
@@ -37,8 +45,20 @@ def reproduce(
     from flashmem_bench.recipes import load_recipe
     from flashmem_bench.reproduce import Parts, Place, commands, trainings
 
-    allowed = (allow_code_execution, allow_uncontained_code)
-    place = Place(results_dir, data_dir, skip_bad_rows, trust_suite, o.command_line(), *allowed)
+    place = Place(
+        results_dir,
+        data_dir,
+        skip_bad_rows,
+        trust_suite,
+        o.command_line(),
+        allow_code_execution,
+        allow_uncontained_code,
+        o.count(workers, "--workers") or 1,
+        o.limits(sample_timeout, cell_timeout, worker_memory, fail_on_error),
+        executor,
+        ray_address,
+        o.count(worker_cpus, "--worker-cpus") or 1,
+    )
     parts = Parts(load_recipe(recipe), place)
     trainings(parts.recipe, results_dir)
     document = planned(parts, o.number(device_tflops, "--device-tflops"), o.number(bandwidth, "--bandwidth"))
@@ -66,9 +86,10 @@ def _work(recipe: str, parts: Parts, *, json: bool, quiet: bool) -> int:
             calibrate_all(parts, watcher)
         results = run_arms(parts, progress_for(quiet), lambda text: o.say(text, quiet))
         report = build_report(parts.place.results_dir)
-    except (Interrupted, KeyboardInterrupt):
-        o.say(f"interrupted; everything finished is stored. Continue with: {parts.place.command}")
-        return 130
+    except (Interrupted, KeyboardInterrupt) as error:
+        interrupted = error if isinstance(error, Interrupted) else Interrupted()
+        o.say(interrupted.sentence(parts.place.command))
+        return interrupted.exit_code
     except FlashMemError as error:
         raise _with_next_step(error, parts.place.command) from error
     except Exception:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,21 @@ if TYPE_CHECKING:
     from flashmem_bench.session import Request
 
 
-def run(
+@dataclass(frozen=True)
+class Asked:
+    """What the command line asked for.
+
+    Attributes:
+        stories: How many samples of each cell are traced.
+    """
+
+    request: Request
+    stories: int
+    json: bool
+    quiet: bool
+
+
+def asked(
     suite: o.Suites = None,
     method: o.Methods = None,
     model: o.Model = "flashmem-tiny",
@@ -31,6 +46,14 @@ def run(
     limit_sessions: o.LimitSessions = None,
     questions_per_session: o.QuestionsPerSession = None,
     no_prefix_reuse: o.NoPrefixReuse = False,
+    workers: o.Workers = "1",
+    executor: o.Executor = "local",
+    ray_address: o.RayAddress = "auto",
+    worker_cpus: o.WorkerCpus = "1",
+    sample_timeout: o.SampleTimeout = None,
+    cell_timeout: o.CellTimeout = None,
+    worker_memory: o.WorkerMemory = None,
+    fail_on_error: o.FailOnError = "1",
     trace: Annotated[
         bool,
         typer.Option("--trace", help="Keep the story of the first samples, for the report.", rich_help_panel="Output"),
@@ -50,11 +73,8 @@ def run(
     json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
-) -> int:
-    """Run methods on suites. The same command continues where it stopped.
-
-    Example: flashmem-bench run --suite wordmath --method vanilla,flashmem --limit 50
-    """
+) -> Asked:
+    """Read the options of every command that runs the grid."""
     o.set_up_logging(debug)
     from flashmem_bench.registry import get_methods
     from flashmem_bench.session import Request
@@ -82,9 +102,23 @@ def run(
         allow_code_execution=allow_code_execution,
         allow_uncontained_code=allow_uncontained_code,
         results_dir=results_dir,
+        workers=o.count(workers, "--workers") or 1,
+        executor=executor,
+        ray_address=ray_address,
+        worker_cpus=o.count(worker_cpus, "--worker-cpus") or 1,
+        limits=o.limits(sample_timeout, cell_timeout, worker_memory, fail_on_error),
         command=o.command_line(),
     )
-    return execute(request, _stories(trace, trace_samples), json=json, quiet=quiet)
+    return Asked(request, _stories(trace, trace_samples), json, quiet)
+
+
+@o.reads(asked)
+def run(asked: Asked) -> int:
+    """Run methods on suites. The same command continues where it stopped.
+
+    Example: flashmem-bench run --suite wordmath --method vanilla,flashmem --limit 50
+    """
+    return execute(asked)
 
 
 def _stories(trace: bool, samples: str | None) -> int:
@@ -95,7 +129,7 @@ def _stories(trace: bool, samples: str | None) -> int:
     return named if named is not None else DEFAULT_SAMPLES if trace else 0
 
 
-def execute(request: Request, stories: int, *, json: bool, quiet: bool) -> int:
+def execute(asked: Asked) -> int:
     """Run a request, trace the first samples of its cells, show its table and return the exit code."""
     from flashmem_bench.interrupts import Interrupted
     from flashmem_bench.progress import progress_for
@@ -103,20 +137,21 @@ def execute(request: Request, stories: int, *, json: bool, quiet: bool) -> int:
     from flashmem_bench.session import Session
     from flashmem_bench.tracing import trace_cells
 
-    progress, session = progress_for(quiet), Session(request)
+    request = asked.request
+    progress, session = progress_for(asked.quiet), Session(request)
     try:
         results = run_grid(request, progress=progress, session=session)
-    except Interrupted:
-        o.say(f"interrupted; everything finished is stored. Continue with: {request.command}")
-        return 130
-    traces = trace_cells(session, results, stories, progress.note) if stories else []
-    return conclude(request, results, json=json, quiet=quiet, traces=traces)
+    except Interrupted as interrupted:
+        o.say(interrupted.sentence(request.command))
+        return interrupted.exit_code
+    traces = trace_cells(session, results, asked.stories, progress.note) if asked.stories else []
+    return conclude(request, results, json=asked.json, quiet=asked.quiet, traces=traces)
 
 
 def conclude(request: Any, results: list[CellResult], *, json: bool, quiet: bool, traces: Sequence[Path] = ()) -> int:
     """Show what became of the cells and return the exit code of the command."""
     if json:
-        document = {"results_dir": str(request.results_dir), "cells": [_cell(result) for result in results]}
+        document = {"results_dir": str(request.own_dir), "cells": [_cell(result) for result in results]}
         o.emit_json({**document, "traces": [str(path) for path in traces]} if traces else document)
     elif not quiet:
         show(request, results)
@@ -124,11 +159,11 @@ def conclude(request: Any, results: list[CellResult], *, json: bool, quiet: bool
             o.say(f"{len(traces)} traces; flashmem-bench report makes a page of each")
     failed = [result for result in results if result.status != "complete"]
     for result in failed:
-        count = sum(1 for row in result.rows if row.get("error"))
-        o.say(
-            f"error: {count} of {len(result.rows)} samples of {result.suite} x {result.method} failed; "
-            f"the first: {result.error}"
-        )
+        name, count = f"{result.suite} x {result.method}", sum(1 for row in result.rows if row.get("error"))
+        if result.error:
+            o.say(f"error: {count} of {len(result.rows)} samples of {name} failed; the first: {result.error}")
+        if result.stopped:
+            o.say(f"error: {name}: {result.stopped}. Continue with: {request.command}")
     if not failed:
         return 0
     return 1 if all(result.status == "failed" for result in results) else 3
@@ -142,14 +177,14 @@ def show(request: Any, results: list[CellResult]) -> None:
 
     console = o.console()
     ours = {result.cell for result in results}
-    tables = build_tables(ResultStore(request.results_dir))
+    tables = build_tables(ResultStore(request.own_dir))
     runs = tables["runs"]
     console.print(runs_table(runs[runs["cell"].isin(ours)]))
     for result in results:
         why = result.summary.get("why_equal")
         if why:
             console.print(f"{result.suite} x {result.method}: texts equal vanilla's: {why}", highlight=False)
-    console.print(f"results in {request.results_dir.resolve()}", highlight=False, soft_wrap=True)
+    console.print(f"results in {request.own_dir.resolve()}", highlight=False, soft_wrap=True)
 
 
 def _cell(result: CellResult) -> dict[str, Any]:
@@ -163,5 +198,6 @@ def _cell(result: CellResult) -> dict[str, Any]:
         "new_samples": result.new_samples,
         "score": sum(scores) / len(scores) if scores else None,
         "error": result.error,
+        "stopped": result.stopped,
         "why_equal": result.summary.get("why_equal"),
     }

@@ -7,13 +7,17 @@ values, so that an executor may be this process, several of this machine, or a c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flashmem_bench.answers import Finished
 from flashmem_bench.interrupts import Stop
 from flashmem_bench.prepare import CellPlan, Reference
+
+
+def unheard(indices: Sequence[int], warming: bool) -> None:
+    """Nobody is told which samples begin."""
 
 
 @dataclass(frozen=True)
@@ -25,21 +29,26 @@ class Work:
         batches: Indices of samples, in the suite's order; those of one batch go through `generate` together.
         wanted: The indices among them whose rows are missing.
         stop: Whether the user asked to stop; those under way are finished then.
+        began: Told the indices of samples that are begun together, and whether that is only to warm up. One that is
+            begun anew is told again.
     """
 
     plan: CellPlan
     batches: list[list[int]]
     wanted: frozenset[int]
     stop: Stop
+    began: Callable[[Sequence[int], bool], None] = unheard
 
 
 class Executor(Protocol):
     """Answers the samples of cells.
 
     Attributes:
+        name: What the manifest calls it.
         workers: How many processes answer.
     """
 
+    name: str
     workers: int
 
     def plan(self, suite: str, method: str, reference: Reference | None, note: Callable[[str], None]) -> CellPlan:

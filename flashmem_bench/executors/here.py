@@ -20,6 +20,7 @@ class Here:
         session: Holds the backbone.
     """
 
+    name = "here"
     workers = 1
 
     def __init__(self, session: Session):
@@ -39,8 +40,11 @@ class Here:
     def answers(self, work: Work, note: Callable[[str], None]) -> Generator[Finished]:
         """See `Executor.answers`."""
         assert isinstance(work.plan, Prepared)
-        self._answers = CellAnswers(self.session, work.plan, work.stop, note)
-        return self._answers.finished(work.batches, work.wanted)
+        answers = self._answers
+        # The shards of a cell that come to one process share the method, which is built and warmed up once.
+        if answers is None or answers.prepared is not work.plan or answers.stop is not work.stop:
+            answers = self._answers = CellAnswers(self.session, work.plan, work.stop, note, work.began)
+        return answers.finished(work.batches, work.wanted)
 
     def summary(self) -> dict[str, Any]:
         """See `Executor.summary`."""

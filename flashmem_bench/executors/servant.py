@@ -7,12 +7,12 @@ reason than the machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flashmem_bench.errors import BenchError
-from flashmem_bench.executors.base import Work
+from flashmem_bench.executors.base import Work, unheard
 from flashmem_bench.executors.here import Here
 from flashmem_bench.interrupts import Stop
 from flashmem_bench.prepare import CellPlan, Reference
@@ -31,10 +31,12 @@ class PlainPlan:
     method: str
     identity: dict[str, Any]
     descr: dict[str, Any]
+    common: dict[str, Any]
 
     def at(self, session: Session) -> CellPlan:
         """Return the plan with the suite that this process has loaded."""
-        return CellPlan(get_method(self.method), session.suite(self.suite), dict(self.identity), dict(self.descr))
+        spec, suite = get_method(self.method), session.suite(self.suite)
+        return CellPlan(spec, suite, dict(self.identity), dict(self.descr), dict(self.common))
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,20 @@ class Servant:
         """Find what a method needs on a suite and name the cell; see `prepare.prepare` for what it raises."""
         plan = self._here.plan(suite, method, reference, note)
         self._plans = {(suite, method): plan}
-        return PlainPlan(suite, method, plan.identity, plan.descr)
+        return PlainPlan(suite, method, plan.identity, plan.descr, plan.common)
 
     def environment(self) -> dict[str, Any]:
         """Return what the timings of an attempt depend on."""
         return self._here.environment()
 
-    def answers(self, task: Task, stop: Stop, note: Callable[[str], None]) -> Generator[Finished]:
-        """Return an iterator that yields each sample when it is done.
+    def answers(
+        self,
+        task: Task,
+        stop: Stop,
+        note: Callable[[str], None],
+        began: Callable[[Sequence[int], bool], None] = unheard,
+    ) -> Generator[Finished]:
+        """Return an iterator that yields each sample when it is done; `began` is that of `executors.base.Work`.
 
         Raises:
             BenchError: Here the same request names another cell.
@@ -92,7 +100,7 @@ class Servant:
                 f"a worker would write {task.suite} x {task.method} into cell {plan.cell}, not {task.cell}: it has "
                 "other weights, another version or another type of device; give all workers the same"
             )
-        return self._here.answers(Work(plan, task.batches, task.wanted, stop), note)
+        return self._here.answers(Work(plan, task.batches, task.wanted, stop, began), note)
 
     def summary(self) -> dict[str, Any]:
         """Return what the summary of the cell should say of the way in which its samples were answered."""
