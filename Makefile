@@ -2,6 +2,7 @@
 #
 #   make demo                         the main job on the bundled backbone, end to end
 #   make test                         the test suite, offline
+#   make audit                        pins, files, licences and known vulnerabilities of what is installed
 #   make setup TORCH_INDEX=<url>      take torch from another package index (a CPU-only build, for example)
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ DEMO_LIMIT ?= 100
 TINY_MINUTES ?= 74
 METHODS := vanilla,flashmem,flashmem-literal,flashmem-prompt-end,flashmem-no-monitor,flashmem-fixed-trigger,flashmem-random-trigger,flashmem-output-entropy,flashmem-separate-encoder,flashmem-random-memory,flashmem-shuffled-memory,flashmem-mean-memory,flashmem-noop-memory
 
-.PHONY: setup demo test test-all report reproduce tiny memories memories-seeds lint wheel clean
+.PHONY: setup demo test test-all report reproduce tiny memories memories-seeds lint audit matrix wheel clean
 
 setup: $(STAMP)
 
@@ -94,6 +95,15 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: setup
+	$(BIN)/python .ci/audit.py
+
+# A share of every method on every suite; SEED, any text, decides which cells.
+SEED ?= $(shell git rev-parse HEAD 2>/dev/null || echo none)
+SHARE ?= 0.1
+matrix: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix --seed $(SEED) --share $(SHARE)
 
 wheel: setup
 	$(BIN)/python -m build --wheel

@@ -38,18 +38,31 @@ def load(
 
     Raises:
         UnsupportedBackboneError: the family is not one of `FAMILIES`.
-        FlashMemError: nothing is found under that name.
+        FlashMemError: nothing is found under that name, or only weights that are pickles.
     """
     options = {"trust_remote_code": trust_remote_code}
     try:
         require_supported(AutoConfig.from_pretrained(name_or_path, **options))
         placed = {} if device_map is None else {"device_map": device_map}
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=_dtype(dtype), **placed, **options)
+        model = _model(name_or_path, dtype=_dtype(dtype), **placed, **options)
         return model, _tokenizer(name_or_path, options)
     except (OSError, ValueError) as error:
         raise FlashMemError(
             f"Cannot load a model from {str(name_or_path)!r}: give a folder with config.json, weights and "
             f"tokenizer, or a hub id while connected ({_first_line(error)})."
+        ) from error
+
+
+def _model(name_or_path: str | Path, **options: Any) -> PreTrainedModel:
+    """The model from safetensors files. Other weights are pickles, and opening a pickle runs what is in it."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(name_or_path, use_safetensors=True, **options)
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise FlashMemError(
+            f"{str(name_or_path)!r} has no weights in safetensors files, and others are never opened, since a pickle "
+            "can run any code: take a model or a revision that has model.safetensors, or convert it where you trust it."
         ) from error
 
 

@@ -6,13 +6,12 @@ cost-matched placebos are in `flashmem.placebo`. Here are the parts they share: 
 sees, a learned constant (the weakest trained memory), and saving and loading.
 
 A checkpoint is a folder: `model.safetensors` with the trained parameters only, and `config.json` with the settings,
-the backbone's fingerprint, the hash of the weights and free metadata. It holds nothing of the backbone, so it can be
-pushed to a hub as it is.
+the backbone's fingerprint, the hash of the weights and free metadata, sealed by a hash of its own. It
+holds nothing of the backbone, so it can be pushed to a hub as it is.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from flashmem.backbone import Backbone
 from flashmem.errors import CheckpointError, ConfigError
+from flashmem.integrity import file_hash, require_hash, require_seal, sealed
 from flashmem.state import DecodeState
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ class MemorySource(nn.Module):
             "metadata": {**self.metadata, **(metadata or {})},
         }
         partial = folder / "config.json.partial"
-        partial.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(sealed(record), indent=2, sort_keys=True) + "\n", encoding="utf-8")
         partial.replace(folder / "config.json")
 
 
@@ -264,8 +264,7 @@ def load_memory(path: str | Path, backbone: Backbone) -> MemorySource:
     folder = _local(path)
     record = _read_record(folder)
     weights = folder / "model.safetensors"
-    if _sha256(weights) != record["weights_sha256"]:
-        raise CheckpointError(f"{weights} does not match the hash in its config.json: copy or train it again.")
+    require_hash(weights, str(record["weights_sha256"]), _sha256(weights), "copy or train it again")
     theirs = record["backbone"]
     if theirs.get("fingerprint") != backbone.fingerprint:
         raise CheckpointError(
@@ -305,6 +304,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not a memory checkpoint: config.json is missing or damaged.") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{folder} has checkpoint format {version}; this version reads {FORMAT_VERSION}.")
+    require_seal(record, folder / "config.json", "copy or train it again")
     return record
 
 
@@ -324,7 +324,6 @@ def _load_weights(memory: MemorySource, weights: Path) -> None:
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_hash(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: the checkpoint is incomplete.") from error

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from flashmem.backbone import Backbone
 from flashmem.errors import CheckpointError, ConfigError
+from flashmem.integrity import require_hash, tensors_hash
 from flashmem.memory import MemoryContext, MemorySource
 
 
@@ -63,10 +65,14 @@ class MemoryBank:
         return [i for i in fit if abs(self.indices[i] - injection_index) == distance]
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        """Write one safetensors file, replacing an older one at once."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"memories": self.stack()}
         labels = {"indices": json.dumps(self.indices), "answers": json.dumps(self.answers)}
-        save_file({"memories": self.stack()}, path, metadata=labels)
+        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        save_file(tensors, partial, metadata={**labels, "sha256": tensors_hash(tensors, labels)})
+        partial.replace(target)
 
     @classmethod
     def load(cls, path: str | Path) -> MemoryBank:
@@ -75,10 +81,14 @@ class MemoryBank:
         try:
             with safe_open(path, framework="pt") as file:
                 labels = file.metadata()
-                bank.memories = list(file.get_tensor("memories"))
+                tensors = {"memories": file.get_tensor("memories")}
+            wanted = labels.pop("sha256", None)
+            bank.memories = list(tensors["memories"])
             bank.indices, bank.answers = json.loads(labels["indices"]), json.loads(labels["answers"])
         except Exception as error:
             raise CheckpointError(f"The memory bank {path} cannot be read: delete it, it is made again.") from error
+        if wanted is not None:
+            require_hash(Path(path), wanted, tensors_hash(tensors, labels), "delete it, it is made again")
         return bank
 
 

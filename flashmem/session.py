@@ -18,7 +18,6 @@ each answer. A session is one row; for batches of unrelated prompts there is `fl
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +30,7 @@ from transformers import GenerationConfig
 from flashmem.backbone import Backbone
 from flashmem.errors import CheckpointError, ConfigError, PromptTooLongError
 from flashmem.generation import Clock, Generation, generate
+from flashmem.integrity import file_hash, require_hash, require_seal, sealed
 from flashmem.memory import MemorySource
 from flashmem.state import DecodeState
 from flashmem.token_ids import common_length
@@ -38,6 +38,7 @@ from flashmem.trigger import TriggerConfig
 
 FORMAT_VERSION = 2
 _RECORD = "session.json"
+_MEND = "copy the session again, or begin a new one"
 
 
 class Session:
@@ -191,11 +192,11 @@ class Session:
         tensors = {k: v.detach().cpu().clone() for k, v in self._state.exported().items()}
         partial = folder / "state.partial"
         save_file(tensors, partial)
-        digest = _sha256(partial)
+        digest = file_hash(partial)
         partial.replace(folder / f"state-{digest[:16]}.safetensors")
         record = {**self._record(), "tensors": f"state-{digest[:16]}.safetensors", "sha256": digest}
         partial = folder / f"{_RECORD}.partial"
-        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(sealed(record), indent=1) + "\n", encoding="utf-8")
         partial.replace(folder / _RECORD)
         for old in set(folder.glob("state-*.safetensors")) - {folder / str(record["tensors"])}:
             old.unlink()
@@ -362,18 +363,13 @@ def _read_record(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not a session: {_RECORD} is missing or damaged.") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{folder} has session format {version}; this version reads {FORMAT_VERSION}.")
+    require_seal(record, folder / _RECORD, _MEND)
     return record
 
 
 def _read_tensors(path: Path, digest: str) -> dict[str, torch.Tensor]:
     try:
-        if _sha256(path) != digest:
-            raise CheckpointError(f"{path} is damaged: copy the session again, or begin a new one.")
+        require_hash(path, digest, file_hash(path), _MEND)
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: copy the session again, or begin a new one.") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        raise CheckpointError(f"{path} cannot be read: {_MEND}.") from error

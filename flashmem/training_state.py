@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashmem.errors import ConfigError
+from flashmem.integrity import require_hash, tensors_hash
 from flashmem.training_curves import TrainStep
 
 STATE_FILE = "training.safetensors"
@@ -92,24 +93,30 @@ class TrainState:
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / (STATE_FILE + ".partial")
         # No sorting of keys: the sentence of a refusal names the first difference in the order of the settings.
-        save_file(self._tensors(), partial, metadata={"terms": json.dumps(terms)})
+        tensors, labels = self._tensors(), {"terms": json.dumps(terms)}
+        save_file(tensors, partial, metadata={**labels, "sha256": tensors_hash(tensors, labels)})
         partial.replace(folder / STATE_FILE)
 
     def load(self, folder: Path, terms: Mapping[str, Any]) -> bool:
         """Take up the state of a folder; False where there is none.
 
         Raises:
-            ConfigError: it belongs to other settings, other examples or another memory, or is damaged.
+            ConfigError: it belongs to other settings, other examples or another memory, or cannot be read.
+            CheckpointError: a hash says that it is damaged.
         """
         file = folder / STATE_FILE
         if not file.exists():
             return False
         try:
             with safe_open(file, "pt") as opened:
-                theirs = json.loads((opened.metadata() or {}).get("terms", "{}"))
+                labels = opened.metadata() or {}
+            theirs = json.loads(labels.get("terms", "{}"))
             tensors = load_file(file)
         except (OSError, SafetensorError, ValueError) as error:
             raise ConfigError(f"{file} cannot be read: remove it to train from the start.") from error
+        wanted = labels.pop("sha256", None)
+        if wanted is not None:
+            require_hash(file, wanted, tensors_hash(tensors, labels), "remove it to train from the start")
         _require_same(file, theirs, terms)
         if {name[2:] for name in tensors if name.startswith("p.")} != set(self.parameters):
             raise ConfigError(f"{file} belongs to another memory: remove it, or train into another folder.")

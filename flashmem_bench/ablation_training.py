@@ -13,8 +13,10 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flashmem_bench.checkpoints import checkpoint_root
 from flashmem_bench.errors import UnknownNameError
-from flashmem_bench.models import BUNDLED, model_key
+from flashmem_bench.models import BUNDLED
+from flashmem_bench.places import folder_name
 from flashmem_bench.recipes import Recipe, load_recipe
 from flashmem_bench.registry import get_method
 from flashmem_bench.reproduce import Parts, Place, Training, train_all
@@ -93,7 +95,7 @@ def train_point(
     place = Place(*where, request.command, *allowed)
     parts = Parts(base.with_values(values), place)
     parts.share(session)
-    own = request.results_dir / "checkpoints" / model_key(request.model) / suite.replace("/", "--") / "ablations"
+    own = checkpoint_root(request.results_dir, request.model) / folder_name(suite) / "ablations"
     folder = own / memory_name(parts.recipe, base, method) / method / f"seed{seed}"
     ((_, result),) = train_all(parts, [Training(method, (suite,), seed, folder)], watcher)
     return result

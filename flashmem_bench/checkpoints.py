@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from flashmem.errors import CheckpointError
+from flashmem.integrity import require_seal
 from flashmem_bench.errors import MissingCheckpointError, UsageError
 from flashmem_bench.models import BUNDLED, model_key
+from flashmem_bench.places import folder_name
 from flashmem_bench.suites import list_suites
 
 UNTRAINED = "untrained"
@@ -87,9 +89,14 @@ def harm_of(metadata: dict[str, Any], suite: str) -> float | None:
     return float(harm) if harm is not None else None
 
 
+def checkpoint_root(results: Path, model: str) -> Path:
+    """Return the folder of all memories of a backbone."""
+    return results / "checkpoints" / folder_name(model_key(model))
+
+
 def checkpoint_folder(results: Path, model: str, suite: str, method: str, seed: int) -> Path:
     """Return where `train` writes by default."""
-    return results / "checkpoints" / model_key(model) / suite.replace("/", "--") / method / f"seed{seed}"
+    return checkpoint_root(results, model) / folder_name(suite) / folder_name(method) / f"seed{seed}"
 
 
 def find_checkpoint(results: Path, model: str, suite: str, method: str, named: str | None = None) -> Checkpoint:
@@ -145,8 +152,7 @@ def command_options(results: Path, model: str) -> str:
 
 
 def _candidates(results: Path, model: str, suite: str, method: str) -> Iterator[Path]:
-    own = results / "checkpoints" / model_key(model)
-    plain = suite.replace("/", "--")
+    own, plain, method = checkpoint_root(results, model), folder_name(suite), folder_name(method)
     yield from _seeds(own / plain / method)
     for folder in _seeds(own / JOINT / method):
         if suite in suites_of(read_record(folder)):
@@ -234,4 +240,5 @@ def read_record(folder: Path) -> dict[str, Any]:
             raise TypeError("memory")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} is not a memory checkpoint: its config.json is missing or damaged") from error
+    require_seal(record, folder / "config.json", "copy or train it again")
     return record

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+from flashmem.errors import FlashMemError
 from flashmem_bench.environment import cpu_quota, package_versions, processor
 from flashmem_bench.models import BUNDLED
 
@@ -140,12 +141,13 @@ def _data(data_dir: Path | None) -> Iterator[Check]:
 
 def _bundled() -> Iterator[Check]:
     from flashmem_bench import checkpoints, thresholds
-    from flashmem_bench.errors import BenchError
     from flashmem_bench.models import bundled_weights
+    from flashmem_bench.tiny.sums import check_sums
 
     try:
         folder = bundled_weights()
-    except BenchError as error:
+        check_sums(folder)
+    except FlashMemError as error:
         yield Check(BUNDLED, "broken", str(error))
         return
     size = sum(file.stat().st_size for file in folder.glob("*") if file.is_file())
@@ -165,7 +167,11 @@ def _memories(configs: list[Path]) -> Iterator[Check]:
     if not configs:
         yield Check("memories", "warning", "none bundled; make one with flashmem-bench train")
     for config in configs:
-        metadata = read_record(config.parent).get("metadata", {})
+        try:
+            metadata = read_record(config.parent).get("metadata", {})
+        except FlashMemError as error:
+            yield Check("memory", "broken", str(error))
+            continue
         harm, default = metadata.get("harm"), "provisional" if metadata.get("provisional") else "not used by default"
         known = "harm not measured" if harm is None else f"harm {harm:.1%}"
         status = "warning" if harm is not None and harm > HARM_LIMIT else "ok"

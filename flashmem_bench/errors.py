@@ -10,11 +10,12 @@ import difflib
 from collections.abc import Iterable
 
 from flashmem.errors import FlashMemError
+from flashmem_bench.privacy import redact
 
 
 def sentence(error: Exception) -> str:
-    """Return what an error says on one line; where it is none of this project's, with the name of its type."""
-    text = " ".join(str(error).split())
+    """Return what an error says on one line, fit to be stored; where it is none of this project's, with its type."""
+    text = redact(" ".join(str(error).split()))
     return text if isinstance(error, FlashMemError) else f"{type(error).__name__}: {text}"
 
 

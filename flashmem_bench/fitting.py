@@ -29,6 +29,7 @@ from flashmem_bench.checkpoints import JOINT, SOURCES, checkpoint_folder, read_r
 from flashmem_bench.errors import BenchError, UsageError
 from flashmem_bench.methods.base import BuildContext
 from flashmem_bench.models import model_key, training_threads
+from flashmem_bench.places import folder_name, require_own
 from flashmem_bench.registry import get_method
 from flashmem_bench.session import Request, Session, generation_arguments
 from flashmem_bench.settings import Settings, resolve
@@ -110,6 +111,7 @@ def fit(session: Session, wanted: FitRequest, watcher: Watcher | None = None) ->
     """
     watcher, together = watcher or Watcher(), joined()
     folder = wanted.out or _default_folder(session.request, wanted)
+    require_own(session.request.results_dir, folder)
     finished = (folder / "config.json").exists() and "harm" in read_record(folder).get("metadata", {})
     if together.agree(float(finished)):
         return FitResult(folder, read_record(folder)["metadata"], None)
@@ -225,8 +227,8 @@ def _examples(
 
 def _answer_file(session: Session, suite: Suite, split: str) -> Path:
     """Where a backbone's own answers are kept: shared by every training on them, whatever its method and seed."""
-    model = f"{model_key(session.request.model)}-{session.backbone.fingerprint}"
-    name = f"{suite.name.replace('/', '--')}-{suite.content_hash[:12]}-{split}.jsonl"
+    model = f"{folder_name(model_key(session.request.model))}-{session.backbone.fingerprint}"
+    name = f"{folder_name(suite.name)}-{suite.content_hash[:12]}-{split}.jsonl"
     return session.request.results_dir / "self-answers" / model / name
 
 

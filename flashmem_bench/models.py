@@ -51,6 +51,13 @@ def bundled_weights() -> Path:
     return folder
 
 
+def _checked(folder: Path) -> Path:
+    from flashmem_bench.tiny.sums import check_sums
+
+    check_sums(folder)
+    return folder
+
+
 def load_backbone(model: str, device: str = "auto", dtype: str = "auto", placement: str = "single") -> Backbone:
     """Load a frozen backbone.
 
@@ -62,6 +69,7 @@ def load_backbone(model: str, device: str = "auto", dtype: str = "auto", placeme
 
     Raises:
         BenchError: Neither a folder nor a reachable hub id.
+        CheckpointError: A file of the bundled backbone is damaged.
         UsageError: An unknown dtype or a device that this machine does not have.
     """
     import torch
@@ -74,7 +82,7 @@ def load_backbone(model: str, device: str = "auto", dtype: str = "auto", placeme
     logging.set_verbosity_error()
     # Prompts come one at a time: handing each to a pool of threads costs more than tokenising it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    source = str(bundled_weights()) if model == BUNDLED else model
+    source = str(_checked(bundled_weights())) if model == BUNDLED else model
     if os.sep in model and model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
         raise BenchError(f"there is no model folder at {model}")
     chosen = pick_device(device)

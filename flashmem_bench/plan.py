@@ -375,7 +375,8 @@ def shape_of(recipe: Recipe) -> tuple[Shape, bool, str]:
         from transformers import AutoConfig
 
         with quick_hub():
-            config = AutoConfig.from_pretrained(bundled_weights() if recipe.model == BUNDLED else recipe.model)
+            name = bundled_weights() if recipe.model == BUNDLED else recipe.model
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         return Shape.of(config), bool(config.tie_word_embeddings), "the model's config.json"
     except (OSError, ValueError) as error:
         if recipe.shape is None:

@@ -18,6 +18,7 @@ from flashmem_bench.errors import MissingCheckpointError
 from flashmem_bench.likelihood import cannot_score
 from flashmem_bench.methods.base import BuildContext, MethodSpec, ReferenceSample
 from flashmem_bench.models import model_key
+from flashmem_bench.privacy import redact, redacted
 from flashmem_bench.registry import get_method
 from flashmem_bench.schema import ANSWER_VERSION
 from flashmem_bench.session import Session, generation_arguments
@@ -341,15 +342,15 @@ def _description(
     request = session.request
     return {
         **{key: value for key, value in prepared.common.items() if key != "cell"},
-        "settings": prepared.context.settings.to_json(),
+        "settings": redacted(prepared.context.settings.to_json()),
         "thresholds": {stratum or "": tau for stratum, tau in prepared.context.thresholds.items()},
-        "threshold_file": str(found.path) if found else None,
-        "checkpoint": str(checkpoint.path) if checkpoint else None,
+        "threshold_file": redact(str(found.path)) if found else None,
+        "checkpoint": redact(str(checkpoint.path)) if checkpoint else None,
         "checkpoint_metadata": _brief(checkpoint.metadata) if checkpoint else None,
         "score_valid": prepared.scored,
         "metric": prepared.suite.primary_metric,
         "limit": request.limit,
-        "command": request.command,
+        "command": redact(request.command),
         "bad_rows": prepared.suite.bad_rows,
     }
 

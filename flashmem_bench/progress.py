@@ -10,6 +10,8 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from flashmem_bench.terminal import clean, console
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichBar
@@ -77,16 +79,14 @@ class Bar:
     """A rich progress bar on stderr; on a plain pipe one line a cell."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-
-        self._console: Console = Console(stderr=True, soft_wrap=True)
+        self._console: Console = console(stderr=True, soft_wrap=True)
         self._bar: RichBar | None = None
         self._task: TaskID | None = None
         self._running, self._title = Running(), ""
 
     def note(self, text: str) -> None:
         """Print a sentence above the bar."""
-        (self._bar.console if self._bar else self._console).print(text, style="yellow", markup=False, highlight=False)
+        (self._bar.console if self._bar else self._console).print(text, style="yellow", highlight=False)
 
     def start(self, title: str, total: int, done: int) -> None:
         """Open the bar of a cell."""
@@ -96,7 +96,7 @@ class Bar:
         if not self._console.is_terminal:
             return
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[score]}"),
@@ -108,7 +108,8 @@ class Bar:
             transient=True,
         )
         self._bar.start()
-        self._task = self._bar.add_task(title, total=total, completed=done, **self._running.columns())
+        # What a bar draws by itself, several times a second, does not pass the console's printing.
+        self._task = self._bar.add_task(clean(title), total=total, completed=done, **self._running.columns())
 
     def advance(self, row: Mapping[str, Any]) -> None:
         """Move the bar on."""

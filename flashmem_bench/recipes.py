@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from flashmem_bench.bounded_yaml import load_bounded, read_bounded
 from flashmem_bench.errors import UnknownNameError, UsageError
 from flashmem_bench.models import BUNDLED
 from flashmem_bench.settings import SUITE_PREFIX, check_value
@@ -252,8 +253,8 @@ def load_recipe(name: str) -> Recipe:
     """
     path = find_recipe(name)
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        document = load_bounded(read_bounded(path), yaml.SafeLoader)
+    except (OSError, ValueError) as error:
         raise UsageError(f"the recipe {path} is not readable YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
         raise UsageError(f"the recipe {path} must be a mapping with model, suites, train and so on")

@@ -16,6 +16,7 @@ from flashmem_bench.errors import UnknownNameError
 from flashmem_bench.rows import grade_columns, metric_columns
 from flashmem_bench.schema import METRIC_PREFIX
 from flashmem_bench.voting import curve
+from flashmem_bench.wholeness import check_texts
 
 if TYPE_CHECKING:
     from flashmem_bench.cell_store import CellStore
@@ -68,6 +69,7 @@ def regrade_cell(session: Session, cell: CellStore, suites: Mapping[str, str]) -
         why = f"{name} is a suite file of your own; name it with --suite PATH.yaml"
         return Regraded(name, method, cell.cell_id, why=why)
     rows, texts = cell.rows(), cell.texts()
+    check_texts(texts, cell.path)
     samples = suite.samples(str(cell.get("split") or "test"))
     answered = [row for row in rows if row.get("error") is None and row.get("output_tokens") is not None]
     new = []

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashmem_bench.checkpoints import HARM_LIMIT, JOINT, harm_of, read_record
+from flashmem_bench.checkpoints import HARM_LIMIT, JOINT, checkpoint_root, harm_of, read_record
 from flashmem_bench.errors import BenchError, UsageError
 from flashmem_bench.limits import Limits
-from flashmem_bench.models import model_key
+from flashmem_bench.places import folder_name
 from flashmem_bench.recipes import Recipe
 from flashmem_bench.registry import get_methods
 from flashmem_bench.session import Request, Session
@@ -165,7 +165,7 @@ def trainings(recipe: Recipe, results_dir: Path, out: Path | None = None) -> lis
     for method in recipe.train.methods:
         if method not in TRAINABLE:
             raise UsageError(f"train fits {', '.join(TRAINABLE)}; the memory of {method} is one of these")
-    root = recipe.train.out or results_dir / "checkpoints" / model_key(recipe.model)
+    root = recipe.train.out or checkpoint_root(results_dir, recipe.model)
     suites = require_suites(recipe)
     groups = [(name,) for name in suites] if recipe.train.scope == "suite" else [suites]
     found = [
@@ -186,7 +186,7 @@ def trainings(recipe: Recipe, results_dir: Path, out: Path | None = None) -> lis
 def _folder(suites: tuple[str, ...]) -> str:
     from flashmem_bench.suites import find_suite
 
-    return find_suite(suites[0]).name.replace("/", "--") if len(suites) == 1 else JOINT
+    return folder_name(find_suite(suites[0]).name) if len(suites) == 1 else JOINT
 
 
 def fit_request(recipe: Recipe, training: Training) -> FitRequest:

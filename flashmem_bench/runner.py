@@ -26,6 +26,7 @@ from flashmem_bench.interrupts import Interrupted, Stop, interruptible
 from flashmem_bench.limits import TooManyErrors
 from flashmem_bench.matching import needs_all, reference_for
 from flashmem_bench.prepare import CellPlan, preflight
+from flashmem_bench.privacy import redact
 from flashmem_bench.progress import Progress, Silent
 from flashmem_bench.registry import get_methods
 from flashmem_bench.selection import batches_of, share_of
@@ -246,7 +247,12 @@ class _CellRun:
         answers = self.executor.answers(work, self.progress.note)
         made_by = {"executor": self.executor.name, "workers": self.executor.workers}
         # The token tells attempts apart when the cells of several folders are merged.
-        known = {"command": self.session.request.command, "token": secrets.token_hex(8), **self._shard, **made_by}
+        known = {
+            "command": redact(self.session.request.command),
+            "token": secrets.token_hex(8),
+            **self._shard,
+            **made_by,
+        }
         info = {**known, **self.executor.environment()}
         attempt = self.cell.begin_attempt(info)
         writer = RowWriter(self.cell, self._durable)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +19,10 @@ from flashmem_bench.cell_store import CellStore
 from flashmem_bench.durable import make_folder, read_json, replace_json, write_failure
 from flashmem_bench.errors import StoreError
 from flashmem_bench.migrations import can_migrate, migrate
+from flashmem_bench.places import refuse_links, safe_name
 from flashmem_bench.schema import SCHEMA_VERSION
 
 _PROJECT = "flashmem-bench"
-_MAX_NAME = 80
 
 
 def cell_id(identity: Mapping[str, Any]) -> str:
@@ -40,18 +39,6 @@ def cell_id(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def safe_name(name: str) -> str:
-    """A folder name for a suite or method that cannot leave its parent folder.
-
-    Plain names stay as they are. Any other gets its odd characters replaced and a short hash of the original,
-    so that two names never share a folder.
-    """
-    plain = re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip(".")[:_MAX_NAME]
-    if plain == name and name:
-        return name
-    return f"{plain or '_'}-{hashlib.sha256(name.encode('utf-8', 'replace')).hexdigest()[:6]}"
-
-
 class ResultStore:
     """All cells of one results folder.
 
@@ -59,8 +46,8 @@ class ResultStore:
         root: the results folder; made when absent.
 
     Raises:
-        StoreError: the folder cannot be written, or holds results of a schema that this version cannot bring to its
-            own.
+        StoreError: the folder cannot be written, has a link that leads out of it, or holds results of a schema that
+            this version cannot bring to its own.
     """
 
     def __init__(self, root: Path):
@@ -74,6 +61,7 @@ class ResultStore:
             raise StoreError(
                 f"cannot write to the results folder {self.root} ({reason}); choose another with --results-dir"
             ) from error
+        refuse_links(self.root)
         self._check_schema()
 
     def _check_schema(self) -> None:

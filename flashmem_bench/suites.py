@@ -23,10 +23,19 @@ from typing import Any, Literal
 
 import yaml
 
+from flashmem_bench.bounded_yaml import load_bounded, read_bounded
 from flashmem_bench.choices import CHOICE_KINDS, GENERATED
 from flashmem_bench.errors import DataError, UnknownNameError, UsageError
 
 LM_EVAL_PREFIX = "lm-eval/"
+_MOST_INCLUDED = 16
+# What the values of some keys of lm-eval's task files are.
+_KINDS: tuple[tuple[type | tuple[type, ...], str, tuple[str, ...]], ...] = (
+    (str, "text", ("dataset_path", "output_type", "training_split", "validation_split", "test_split", "fewshot_split")),
+    (dict, "a mapping", ("dataset_kwargs", "generation_kwargs", "metadata")),
+    (list, "a list", ("metric_list", "filter_list")),
+    ((str, list), "a name or a list of names", ("task", "include")),
+)
 _TASK_LINE = re.compile(rb"^[\"']?task[\"']?[ \t]*:[ \t]*[\"']?([^\s\"'#\[]+)", re.MULTILINE)
 
 
@@ -113,7 +122,7 @@ def read_suite_file(path: Path) -> dict[str, Any]:
     Raises:
         DataError: It, or a file that it includes, is missing, is not YAML or is not a mapping.
     """
-    return _merged(path.resolve(), ())
+    return _merged(path.resolve(), (), {})
 
 
 def suite_files(path: Path) -> list[Path]:
@@ -134,37 +143,73 @@ def judges_given_answers(info: SuiteInfo) -> bool:
     return read_suite_file(info.path).get("output_type", GENERATED) in CHOICE_KINDS
 
 
-def _merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+def _merged(path: Path, above: tuple[Path, ...], done: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+    if path in done:
+        return done[path]
     if path in above:
         raise DataError(f"{path} includes itself; remove the circle")
+    if len(above) > _MOST_INCLUDED:
+        raise DataError(f"{path} is included at the end of {len(above)} files; put them together")
     own = _parse(path)
     merged: dict[str, Any] = {}
     for included in _includes(path, own):
-        merged.update(_merged(included, (*above, path)))
-    return {key: value for key, value in {**merged, **own}.items() if key != "include"}
+        merged.update(_merged(included, (*above, path), done))
+    done[path] = {key: value for key, value in {**merged, **own}.items() if key != "include"}
+    return done[path]
 
 
 def _includes(path: Path, content: Mapping[str, Any]) -> list[Path]:
     names = content.get("include") or []
-    return [(path.parent / str(name)).resolve() for name in (names if isinstance(names, list) else [names])]
+    try:
+        found = [(path.parent / str(name)).resolve() for name in (names if isinstance(names, list) else [names])]
+    except ValueError as error:
+        raise DataError(f"the suite file {path} includes something that is no file name: {error}") from error
+    return list(dict.fromkeys(found))
 
 
 def _chain(path: Path) -> list[Path]:
-    """Return a file and all that it includes."""
-    return [path, *(file for included in _includes(path, _parse(path)) for file in _chain(included))]
+    """Return a file and all that it includes, each once."""
+    found, waiting = [], [path]
+    while waiting:
+        file = waiting.pop()
+        if file not in found:
+            found.append(file)
+            waiting += _includes(file, _parse(file))
+    return found
 
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_bytes(), Loader=_SuiteLoader)
+        # A few of lm-eval's own tasks say something twice; they run as they do there.
+        content = load_bounded(read_bounded(path), _SuiteLoader, keys_once=_lm_eval_tasks_dir() not in path.parents)
     except OSError as error:
         raise DataError(f"the suite file {path} cannot be read: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise DataError(f"the suite file {path} is not valid YAML: {problem}") from error
+    except ValueError as error:
+        raise DataError(f"the suite file {path} cannot be used: {error}; mend it") from error
     if not isinstance(content, dict):
         raise DataError(f"the suite file {path} is not a mapping; it must be an lm-eval task file")
+    odd = [key for key in content if not isinstance(key, str)]
+    if odd:
+        raise DataError(f"the suite file {path} has the key {odd[0]!r}, which is not text; put it in quotes")
+    _check_kinds(content, path)
     return content
+
+
+def _check_kinds(content: Mapping[str, Any], path: Path) -> None:
+    """Refuse a key whose value can mean nothing; what else a value must be, lm-eval says."""
+    for kind, what, keys in _KINDS:
+        for key in keys:
+            if content.get(key) is not None and not isinstance(content[key], kind):
+                raise DataError(
+                    f"the suite file {path} has under {key} {str(content[key])[:60]!r}, which is not {what}"
+                )
+    for key in ("metric_list", "filter_list"):
+        if not all(isinstance(entry, dict) for entry in content.get(key) or ()):
+            raise DataError(f"the suite file {path} has something under {key} that is not a mapping")
+    own = (content.get("metadata") or {}).get("flashmem")
+    files = own.get("files") if isinstance(own, dict) else None
+    if files is not None and not isinstance(files, dict):
+        raise DataError(f"the suite file {path} has under metadata.flashmem.files something that is not a mapping")
 
 
 def runs_code(info: SuiteInfo) -> bool:

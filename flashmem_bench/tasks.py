@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from flashmem.errors import FlashMemError
 from flashmem_bench import choices as given
 from flashmem_bench.data import Doc
 from flashmem_bench.errors import BenchError, DataError, UsageError
@@ -138,7 +139,8 @@ class Suite:
             DataError: The split is empty or its data is broken.
         """
         if split not in self._lists:
-            docs = _documents(self._task, self.name, split)
+            with _one_sentence(self.info, {}):
+                docs = _documents(self._task, self.name, split)
             if not len(docs):
                 raise DataError(f"the split {split!r} of {self.name} is empty; check its data")
             self._lists[split] = SampleList(self, split, docs)
@@ -204,7 +206,7 @@ class Suite:
             extracted, metrics = self._metrics(sample, text)
         except ImportError as error:
             raise DataError(f"grading {self.name} needs a package that is not installed: {error}") from error
-        except BenchError:
+        except FlashMemError:
             raise
         except GradeTimeout as late:
             metrics = {self.primary_metric: 0.0} if late.counts_as_wrong else {}
@@ -317,18 +319,42 @@ def load_suite(
     """
     info = find_suite(name)
     content = read_suite_file(info.path)
+    with _one_sentence(info, content):
+        suite = _load(info, content, data_dir, skip_bad_rows, trust_suite, seed, settings)
+    suite.allow_code, suite.allow_uncontained = allow_code, allow_uncontained
+    return suite
+
+
+def _load(
+    info: SuiteInfo,
+    content: Mapping[str, Any],
+    data_dir: Path | None,
+    skip_bad_rows: bool,
+    trust_suite: bool,
+    seed: int,
+    settings: Mapping[str, Any] | None,
+) -> Suite:
     if info.kind == "lm-eval":
-        _refuse_other_kinds(name, content)
+        _refuse_other_kinds(info.name, content)
     elif not info.bundled and not trust_suite:
         _refuse_code(info.path, content)
     _refuse_settings(info, settings or {})
     extra = {"data_dir": str(data_dir) if data_dir else None, "skip_bad_rows": skip_bad_rows, "seed": seed}
     own = {**extra, "settings": dict(settings or {})} if info.kind != "lm-eval" else None
     task = _load_task(info, content, own, data_dir, skip_bad_rows)
-    _refuse_other_kinds(name, {"output_type": task.OUTPUT_TYPE})
-    suite = Suite(info, task, _content_hash(info, content, task, seed, settings))
-    suite.allow_code, suite.allow_uncontained = allow_code, allow_uncontained
-    return suite
+    _refuse_other_kinds(info.name, {"output_type": task.OUTPUT_TYPE})
+    return Suite(info, task, _content_hash(info, content, task, seed, settings))
+
+
+@contextlib.contextmanager
+def _one_sentence(info: SuiteInfo, content: Mapping[str, Any]) -> Iterator[None]:
+    """Turn whatever a suite file or its rows make fail into a sentence with the file."""
+    try:
+        yield
+    except FlashMemError:
+        raise
+    except Exception as error:
+        raise DataError(_load_failure(info, content, error)) from error
 
 
 def _refuse_settings(info: SuiteInfo, settings: Mapping[str, Any]) -> None:
@@ -460,17 +486,10 @@ def _template_failure(error: Exception) -> str | None:
 def _prepare_lm_eval() -> None:
     """Put lm-eval's templates into a sandbox and keep its loading remarks out of the log."""
     import lm_eval.utils
-    from jinja2 import BaseLoader, StrictUndefined
-    from jinja2.sandbox import SandboxedEnvironment
 
-    class _Sandbox(SandboxedEnvironment):
-        """A sandbox that compiles a template once, where lm-eval compiles it for every document."""
+    from flashmem_bench.sandboxed import Sandbox
 
-        @lru_cache(maxsize=256)  # noqa: B019 - there is one sandbox and it lives as long as the process
-        def from_string(self, source):
-            return super().from_string(source)
-
-    sandbox = _Sandbox(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
+    sandbox = Sandbox()
     sandbox.filters["regex_replace"] = lm_eval.utils.regex_replace
     lm_eval.utils.env = sandbox
     for logger in ("lm_eval.api.task", "lm_eval.config.task"):

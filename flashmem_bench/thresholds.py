@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashmem.errors import CheckpointError
+from flashmem.integrity import require_seal, sealed
 from flashmem_bench.checkpoints import JOINT, command_options
 from flashmem_bench.errors import MissingCheckpointError
 from flashmem_bench.methods.base import ENTROPY_KINDS
 from flashmem_bench.models import BUNDLED, model_key
+from flashmem_bench.places import folder_name
 from flashmem_bench.settings import MonitorSettings
 
 if TYPE_CHECKING:
@@ -75,7 +77,7 @@ class Thresholds:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(sealed(document), indent=2, sort_keys=True) + "\n", encoding="utf-8")
         partial.replace(path)
 
     @classmethod
@@ -89,11 +91,12 @@ class Thresholds:
 
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
+            require_seal(document, path, "copy it again, or calibrate again")
             if document["format_version"] != FORMAT_VERSION:
                 raise ValueError("format_version")
             found = {key: Threshold.from_json(json.dumps(value)) for key, value in document["thresholds"].items()}
             return cls(document["kind"], document["suite"], document["fingerprint"], found, document["provenance"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the threshold file {path} cannot be read; calibrate again") from error
 
 
@@ -116,7 +119,7 @@ def file_name(kind: str, monitor: MonitorSettings) -> str:
 
 def threshold_folder(results: Path, model: str, suite: str) -> Path:
     """Return where `calibrate` writes by default."""
-    return results / "thresholds" / model_key(model) / suite.replace("/", "--")
+    return results / "thresholds" / folder_name(model_key(model)) / folder_name(suite)
 
 
 def find_thresholds(
@@ -164,7 +167,7 @@ def calibrate_command(results: Path, model: str, suite: str, settings: Settings)
 def _folders(results: Path, model: str, suite: str) -> Iterator[Path]:
     bundled = [bundled_folder()] if model == BUNDLED else []
     yield threshold_folder(results, model, suite)
-    yield from (folder / suite.replace("/", "--") for folder in bundled)
+    yield from (folder / folder_name(suite) for folder in bundled)
     yield threshold_folder(results, model, JOINT)
     yield from (folder / JOINT for folder in bundled)
 

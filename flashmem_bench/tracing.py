@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from flashmem_bench.cell_store import CellStore
 from flashmem_bench.errors import BenchError, StoreError
+from flashmem_bench.places import safe_name
 from flashmem_bench.samples import sample_seed
-from flashmem_bench.store import safe_name
 
 if TYPE_CHECKING:
     from flashmem_bench.prepare import Prepared

@@ -154,7 +154,14 @@ def _tables(store: ResultStore, folder: Path) -> tuple[int, list[Problem]]:
         path = folder / f"{name}.parquet"
         if name in _NOT_FROM_ROWS or not path.exists():
             continue
-        kept = pd.read_parquet(path, dtype_backend="numpy_nullable")
+        try:
+            kept = pd.read_parquet(path, dtype_backend="numpy_nullable")
+        except (OSError, ValueError) as error:
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            problems.append(
+                Problem(f"tables/{name}", f"it cannot be read ({first}); flashmem-bench report rebuilds it")
+            )
+            continue
         compared += kept.size
         problems += [Problem(f"tables/{name}", sentence) for sentence in _differences(kept, fresh)]
     return compared, problems

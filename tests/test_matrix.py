@@ -1,40 +1,33 @@
-"""The full matrix on the bundled backbone: every method on every suite that it knows, three samples each."""
+"""The matrix on the bundled backbone: every method on every suite that it knows, three samples each."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from flashmem_bench.cli import run as run_command
-from flashmem_bench.registry import method_names
-from flashmem_bench.store import ResultStore
-from tests.bench_fixtures import SUITES, write_data
-
-SAMPLES = 3
+from flashmem_bench.registry import METHODS
+from tests.matrix import SUITES, pairs, pick, run_pairs
 
 
 @pytest.mark.slow
-def test_every_method_runs_on_every_suite(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    # flashmem-plus has a bundled memory for hops alone, where it was chosen.
-    suites, methods = list(SUITES), [m for m in method_names() if m != "flashmem-plus"]
-    data = write_data(tmp_path / "data")
-    arguments = ["run", "--suite", ",".join(suites), "--method", ",".join(methods), "--limit", str(SAMPLES)]
-    where = ["--data-dir", str(data), "--results-dir", str(tmp_path / "results"), "--quiet"]
-    assert run_command([*arguments, *where]) == 0, capfd.readouterr().err
-    cells = {
-        (c.manifest["descr"]["suite"], c.manifest["descr"]["method"]): c
-        for c in ResultStore(tmp_path / "results").cells()
-    }
-    assert set(cells) == {(suite, method) for suite in suites for method in methods}
-    for (suite, method), cell in cells.items():
-        rows, texts = cell.rows(), cell.texts()
-        assert len(rows) == SAMPLES and not any(row["error"] for row in rows), (suite, method)
-        once = [row["prompt_tokens"] + row["output_tokens"] - 1 + row["latent_tokens"] for row in rows]
-        more = method in ("memgen", "cot-sc")
-        assert all(row["positions_encoded"] >= n for row, n in zip(rows, once, strict=True))
-        assert more or all(row["positions_encoded"] == n for row, n in zip(rows, once, strict=True))
-        plain = cells[suite, "vanilla"].texts()
-        same = all(texts[row["sample_id"]]["text"] == plain[row["sample_id"]]["text"] for row in rows)
-        if same and method != "vanilla":
-            assert cell.manifest["summary"]["why_equal"], (suite, method)
+def test_every_method_runs_on_every_suite(tmp_path: Path) -> None:
+    run_pairs(pairs(), tmp_path)
+
+
+def test_the_matrix_leaves_no_method_and_no_suite_out() -> None:
+    assert {method for _, method in pairs()} == set(METHODS) and {suite for suite, _ in pairs()} == set(SUITES)
+
+
+@given(st.text(max_size=40), st.floats(min_value=0.001, max_value=1.0))
+def test_a_seed_picks_the_same_share_every_time(seed: str, share: float) -> None:
+    chosen, every = pick(seed, share), pairs()
+    assert chosen == pick(seed, share) and len(chosen) == max(1, round(share * len(every)))
+    assert chosen == [pair for pair in every if pair in set(chosen)]
+
+
+def test_commits_together_look_at_the_whole_matrix() -> None:
+    seen = {pair for commit in range(100) for pair in pick(f"{commit:040x}", 0.1)}
+    assert seen == set(pairs())

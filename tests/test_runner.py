@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from flashmem.errors import FlashMemError
+from flashmem.integrity import sealed
 from flashmem_bench.checkpoints import find_checkpoint
 from flashmem_bench.clock import FakeClock
 from flashmem_bench.errors import MissingCheckpointError, UsageError
@@ -201,13 +202,13 @@ def test_harmful_checkpoint_is_not_a_default(bench, tmp_path):
     config = results / "checkpoints" / bench.model.name / "joint" / "flashmem" / "seed0" / "config.json"
     record = json.loads(config.read_text())
     record["metadata"]["harm"] = 0.031
-    config.write_text(json.dumps(record))
+    config.write_text(json.dumps(sealed(record)))
     with pytest.raises(MissingCheckpointError, match=r"breaks 3\.1% of the validation samples"):
         bench.run(results, "hops", "flashmem", limit=1)
     (named,) = bench.run(results, "hops", "flashmem", limit=1, checkpoint=str(config.parent))
     assert named.status == "complete"
     record["metadata"]["provisional"] = True
-    config.write_text(json.dumps(record))
+    config.write_text(json.dumps(sealed(record)))
     found = find_checkpoint(results, str(bench.model), "hops", "flashmem")
     assert found.path == config.parent and "provisional: on hops it breaks 3.1%" in found.notes[0]
 
@@ -218,11 +219,11 @@ def test_foreign_checkpoint_and_threshold_are_refused(bench, tmp_path):
     results = bench.results(tmp_path / "results")
     config = results / "checkpoints" / bench.model.name / "joint" / "flashmem" / "seed0" / "config.json"
     record = json.loads(config.read_text())
-    config.write_text(json.dumps({**record, "backbone": {**record["backbone"], "fingerprint": "0" * 16}}))
+    config.write_text(json.dumps(sealed({**record, "backbone": {**record["backbone"], "fingerprint": "0" * 16}})))
     with pytest.raises(CheckpointError, match="was trained for"):
         bench.run(results, "hops", "flashmem", limit=1)
     threshold = results / "thresholds" / bench.model.name / "hops" / "attention-entropy.json"
-    threshold.write_text(json.dumps({**json.loads(threshold.read_text()), "fingerprint": "0" * 16}))
+    threshold.write_text(json.dumps(sealed({**json.loads(threshold.read_text()), "fingerprint": "0" * 16})))
     with pytest.raises(CheckpointError, match="calibrated for another backbone"):
         bench.run(results, "hops", "flashmem", limit=1)
 

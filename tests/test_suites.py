@@ -515,7 +515,7 @@ def test_few_shot_prompts_are_lm_evals_whatever_is_looked_at_first(own_suite):
     "more",
     [
         "process_docs: !function evil.run",
-        "process_docs: !function evil.run\nprocess_docs: null",
+        "include: base.yaml\nprocess_docs: null",
         "include: base.yaml",
         "unsafe_code: true",
     ],

@@ -205,12 +205,20 @@ def test_a_resumed_run_gives_the_same_losses(tokenizer, tmp_path):
     expected = [whole.train_step() for _ in range(6)]
     first = fresh()
     begun = [first.train_step() for _ in range(3)]
-    first.save(tmp_path / "state.pt")
+    first.save(tmp_path / "state.safetensors")
     second = fresh()
-    second.restore(tmp_path / "state.pt")
+    second.restore(tmp_path / "state.safetensors")
     assert begun + [second.train_step() for _ in range(3)] == expected
     for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
+def test_a_damaged_state_is_said(tokenizer, tmp_path, damage):
+    run = pretrain.Run(MICRO, pretrain.new_model(MICRO, tokenizer), tokenizer, Corpus(), total_steps=1)
+    (tmp_path / "state.safetensors").write_bytes(damage)
+    with pytest.raises(ValueError, match="remove it to start afresh"):
+        run.restore(tmp_path / "state.safetensors")
 
 
 def _two_steps(argument):
@@ -244,10 +252,10 @@ def test_shares_are_disjoint_complete_and_even(monkeypatch):
 
 def test_a_state_of_another_recipe_is_refused(tokenizer, tmp_path):
     run = pretrain.Run(MICRO, pretrain.new_model(MICRO, tokenizer), tokenizer, Corpus(), total_steps=2)
-    run.save(tmp_path / "state.pt")
+    run.save(tmp_path / "state.safetensors")
     run.recipe = pretrain.Recipe()
     with pytest.raises(ValueError, match="another recipe"):
-        run.restore(tmp_path / "state.pt")
+        run.restore(tmp_path / "state.safetensors")
 
 
 def test_an_exported_model_loads_as_a_plain_hugging_face_folder(tokenizer, tmp_path):

@@ -8,17 +8,23 @@ partial results, 130 interrupted. A traceback appears only with `--debug`.
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
 
 from flashmem.errors import FlashMemError
 from flashmem_bench.cli.app import app
+from flashmem_bench.terminal import say
 
 __all__ = ["app", "main", "run"]
 
 
 def main() -> None:
     """Entry point of the console script."""
-    sys.exit(run(sys.argv[1:]))
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except Exception:  # Only with --debug; the interpreter itself would print the message as it stands.
+        say(traceback.format_exc())
+        sys.exit(1)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -54,6 +60,5 @@ def _usage(error: Exception) -> str:
 
 
 def _fail(sentence: str, code: int) -> int:
-    text = " ".join(sentence.split())
-    print(f"error: {text}", file=sys.stderr)
+    say(f"error: {' '.join(sentence.split())}")
     return code

@@ -23,6 +23,7 @@ from flashmem_bench.cli.run import run
 from flashmem_bench.cli.train import train
 from flashmem_bench.cli.verify import verify
 from flashmem_bench.cli.worker import worker
+from flashmem_bench.terminal import tell
 
 app = typer.Typer(
     name="flashmem-bench",
@@ -37,7 +38,7 @@ app = typer.Typer(
 def root(version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True)) -> None:
     """Latent memory for frozen language models: run, time, grade and report it."""
     if version:
-        print(__version__)
+        tell(__version__)
         raise typer.Exit()
 
 

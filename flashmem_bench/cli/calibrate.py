@@ -40,6 +40,7 @@ def calibrate(
     Example: flashmem-bench calibrate --suite gsm8k --limit 100
     """
     o.set_up_logging(debug)
+    from flashmem_bench.places import require_own
     from flashmem_bench.session import Request, Session
     from flashmem_bench.settings import parse_assignments
     from flashmem_bench.watch import watching
@@ -61,6 +62,7 @@ def calibrate(
     )
     session = Session(request)
     _ = session.store
+    require_own(results_dir, out or results_dir / "thresholds")
     stored = []
     with watching(quiet) as watcher:
         for name in request.suites:
@@ -92,9 +94,10 @@ def _calibrate_one(session: Session, name: str, out: o.Path | None, watcher: Any
 
 
 def _save(session: Session, thresholds: Thresholds, settings: Any, out: o.Path | None) -> o.Path:
+    from flashmem_bench.places import folder_name
     from flashmem_bench.thresholds import file_name, threshold_folder
 
-    name = thresholds.suite.replace("/", "--")
+    name = folder_name(thresholds.suite)
     folder = (
         out / name if out else threshold_folder(session.request.results_dir, session.request.model, thresholds.suite)
     )
@@ -137,5 +140,5 @@ def _conclude(stored: list[tuple[Thresholds, o.Path]], *, json: bool, quiet: boo
         from flashmem_bench.cli.lists import show_rows
 
         show_rows([{key: value for key, value in row.items() if key != "file"} for row in rows], json=False)
-        print(f"stored in {', '.join(sorted({str(path.parent) for _, path in stored}))}")
+        o.tell(f"stored in {', '.join(sorted({str(path.parent) for _, path in stored}))}")
     return 0

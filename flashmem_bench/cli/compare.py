@@ -49,7 +49,7 @@ def compare(
         o.emit_json([_known(document) for document in found])
     else:
         for document in found:
-            print(describe(document))
+            o.tell(describe(document))
     return 0
 
 

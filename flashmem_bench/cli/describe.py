@@ -30,8 +30,8 @@ def describe(
                      for key, tables in merged.items()])  # fmt: skip
         return 0
     for (dtype, unit, formula, text), tables in merged.items():
-        print(f"{column} ({dtype}{', ' + unit if unit else ''}) in {', '.join(tables)}")
-        print(f"  {text}")
+        o.tell(f"{column} ({dtype}{', ' + unit if unit else ''}) in {', '.join(tables)}")
+        o.tell(f"  {text}")
         if formula:
-            print(f"  = {formula}")
+            o.tell(f"  = {formula}")
     return 0

@@ -61,7 +61,7 @@ def doctor(
         from flashmem_bench.cli.lists import show_rows
 
         show_rows([{"": check.status, "check": check.name, "found": check.detail} for check in checks], json=False)
-        print("broken: " + ", ".join(check.name for check in broken) if broken else "nothing essential is broken")
+        o.tell("broken: " + ", ".join(check.name for check in broken) if broken else "nothing essential is broken")
     return 1 if broken else 0
 
 
@@ -79,9 +79,9 @@ def _determinism(model: str, device: str, dtype: str, *, json: bool) -> int:
     if json:
         o.emit_json([dataclasses.asdict(entry) for entry in found])
     else:
-        print(f"{backbone.name}, {backbone.device.type}, {str(backbone.dtype).removeprefix('torch.')}")
+        o.tell(f"{backbone.name}, {backbone.device.type}, {str(backbone.dtype).removeprefix('torch.')}")
         for entry in found:
-            print(_sentence(entry))
+            o.tell(_sentence(entry))
     return 1 if any(entry.same < entry.answers and "twice" in entry.what for entry in found) else 0
 
 
@@ -102,10 +102,10 @@ def _timing(model: str, device: str, dtype: str, *, json: bool) -> int:
     if json:
         o.emit_json([check.plain() for check in found])
     else:
-        print(f"{backbone.name}, {backbone.device.type}, context {_CONTEXT}, protocol {protocol.name}")
+        o.tell(f"{backbone.name}, {backbone.device.type}, context {_CONTEXT}, protocol {protocol.name}")
         for check in found:
             for sentence, fine in check.findings():
-                print(f"{check.method}: {sentence}: {'ok' if fine else 'not ok'}")
+                o.tell(f"{check.method}: {sentence}: {'ok' if fine else 'not ok'}")
     return 0 if all(fine for check in found for _, fine in check.findings()) else 1
 
 
@@ -126,5 +126,5 @@ def _gold(
     else:
         for check in found:
             tail = f"; not {', '.join(check.refused)}" if check.refused else ""
-            print(f"{check.suite}: {check.right} of {check.samples} right answers get the full score{tail}")
+            o.tell(f"{check.suite}: {check.right} of {check.samples} right answers get the full score{tail}")
     return 1 if any(check.refused for check in found) else 0

@@ -112,7 +112,7 @@ def _document(setting: Setting) -> dict[str, Any]:
     backbone = setting.backbone
     return {
         "stamp": datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ"),
-        "command": o.command_line(),
+        "command": o.recorded_command(),
         "model": backbone.name,
         "device": setting.device,
         "dtype": str(backbone.dtype).removeprefix("torch."),
@@ -139,5 +139,5 @@ def _show(outcomes: list[Outcome], document: dict[str, Any], path: str) -> None:
     console = o.console()
     console.print(figures_table(outcomes, document))
     for text in sentences(outcomes):
-        console.print(text, markup=False, highlight=False)
-    console.print(f"written to {path}", markup=False, highlight=False)
+        console.print(text, highlight=False)
+    console.print(f"written to {path}", highlight=False)

@@ -100,6 +100,7 @@ def _settings(assignments: list[str]) -> dict[str, Any]:
     """Dotted settings without the schema of `run`, which needs more packages than this command may."""
     import yaml
 
+    from flashmem_bench.bounded_yaml import load_bounded
     from flashmem_bench.errors import UsageError
 
     found = {}
@@ -109,7 +110,10 @@ def _settings(assignments: list[str]) -> dict[str, Any]:
             raise UsageError(
                 f"--set takes memory.*, trigger.*, eviction.* or exec, such as memory.length=4, not {text!r}"
             )
-        found[key] = yaml.safe_load(value)
+        try:
+            found[key] = load_bounded(value.encode("utf-8", "replace"), yaml.SafeLoader)
+        except ValueError as error:
+            raise UsageError(f"{value!r} is no value for {key}: {error}") from error
     return found
 
 
@@ -124,7 +128,7 @@ def _keep(results_dir: o.Path, block: Block) -> None:
     from flashmem_bench.latency.files import BLOCKS, append
 
     append(results_dir, block.rows)
-    append(results_dir, [{**block.record, "machine": describe_machine(), "command": o.command_line()}], BLOCKS)
+    append(results_dir, [{**block.record, "machine": describe_machine(), "command": o.recorded_command()}], BLOCKS)
 
 
 def _observer(block: Block) -> str:

@@ -37,7 +37,7 @@ def merge(
         o.emit_json({"results_dir": str(results_dir), "cells": cells, "problems": outcome.problems})
     elif not quiet:
         _show(outcome)
-        print(f"results in {results_dir.resolve()}")
+        o.tell(f"results in {results_dir.resolve()}")
     for problem in outcome.problems:
         o.say(f"error: {problem}")
     for cell in outcome.cells:

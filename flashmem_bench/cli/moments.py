@@ -61,7 +61,7 @@ def moments(
         o.emit_json({"file": str(path), "rows": records})
     elif not quiet:
         _show(records)
-        print(f"stored in {path} and {path.parent.parent / 'figures'}")
+        o.tell(f"stored in {path} and {path.parent.parent / 'figures'}")
     return 0
 
 
@@ -80,13 +80,14 @@ def _store(session: Session, records: list[dict[str, Any]]) -> o.Path:
     import pandas as pd
 
     from flashmem_bench.moments import COLUMNS
+    from flashmem_bench.report.exports import guarded
     from flashmem_bench.report.ranking import draw_ranking
 
     folder = session.request.results_dir
     table = pd.DataFrame(records, columns=list(COLUMNS)).astype({"layer": "Int64"})
     path = folder / "tables" / "moments.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(path, index=False)
+    guarded(table).to_csv(path, index=False)
     draw_ranking(table, folder / "figures")
     return path
 

@@ -5,10 +5,10 @@ Options that take a list may be repeated or take commas; counts may be written a
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import sys
+import warnings
 from collections.abc import Callable
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -17,6 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from flashmem_bench.errors import UsageError
+from flashmem_bench.privacy import redact
+from flashmem_bench.terminal import CleanFormatter, clean, console, emit_json, say, tell
+
+__all__ = ["console", "emit_json", "say", "tell"]
 
 if TYPE_CHECKING:
     from flashmem_bench.limits import Limits
@@ -106,6 +110,7 @@ Quiet = Annotated[bool, _option("--quiet", "-q", help="No progress and no tables
 Debug = Annotated[bool, _option("--debug", help="Log everything; tracebacks.", panel=_OUTPUT)]
 
 DEFAULT_RESULTS = Path("results")
+_FORMAT_WARNING = warnings.formatwarning
 
 
 def reads(read: Callable[..., Any]) -> Callable[[Callable[..., int]], Callable[..., int]]:
@@ -207,31 +212,20 @@ def command_line() -> str:
     return shlex.join(["flashmem-bench", *sys.argv[1:]])
 
 
+def recorded_command() -> str:
+    """Return the command as it is stored: without secrets and names of people or machines."""
+    return redact(command_line())
+
+
 def set_up_logging(debug: bool) -> None:
     """Send the log to stderr: everything of ours with `--debug`, else warnings."""
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(name)s: %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(CleanFormatter("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    # A library's warning may quote what it was given.
+    warnings.formatwarning = lambda *told, **more: clean(_FORMAT_WARNING(*told, **more))
     for name in ("flashmem", "flashmem_bench"):
         logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.WARNING)
-
-
-def emit_json(document: Any) -> None:
-    """Print one JSON document as the last line of stdout."""
-    sys.stdout.flush()
-    print(json.dumps(document, ensure_ascii=False, allow_nan=False), flush=True)
-
-
-def console() -> Any:
-    """Return the rich console of stdout; a file or pipe is as wide as a table needs."""
-    from rich.console import Console
-
-    wide = Console()
-    return wide if wide.is_terminal else Console(width=160)
-
-
-def say(text: str, quiet: bool = False) -> None:
-    """Print a sentence on stderr."""
-    if not quiet:
-        print(text, file=sys.stderr, flush=True)
 
 
 def known_suites(values: list[str] | None) -> tuple[str, ...]:

@@ -89,17 +89,17 @@ def show(document: dict[str, Any]) -> None:
         json=False,
     )
     parameters = ", ".join(f"{name} {number / 1e6:.4g} M" for name, number in document["parameters"].items())
-    print(f"{document['recipe']} on {document['model']}; parameters: {parameters}")
+    o.tell(f"{document['recipe']} on {document['model']}; parameters: {parameters}")
     counts = ", ".join(f"{split} {number}" for split, number in document["samples"].items())
-    print(f"samples: {counts}")
-    print(_power(document["power"]))
+    o.tell(f"samples: {counts}")
+    o.tell(_power(document["power"]))
     for what, entries in document["missing"].items():
-        print(f"missing {what}: none" if not entries else f"missing {what}:")
+        o.tell(f"missing {what}: none" if not entries else f"missing {what}:")
         for sentence in entries:
-            print(f"- {sentence}")
-    print("assumptions:")
+            o.tell(f"- {sentence}")
+    o.tell("assumptions:")
     for sentence in document["assumptions"]:
-        print(f"- {sentence}")
+        o.tell(f"- {sentence}")
 
 
 def _power(power: dict[str, Any]) -> str:

@@ -51,7 +51,7 @@ def regrade(
         allow_code_execution=allow_code_execution,
         allow_uncontained_code=allow_uncontained_code,
         results_dir=results_dir,
-        command=o.command_line(),
+        command=o.recorded_command(),
     )
     session, results, failed = Session(request), [], 0
     for entry in found:
@@ -96,12 +96,12 @@ def _show(results: list[Regraded]) -> None:
     for result in results:
         place = f"{result.suite} x {result.method} ({result.cell})"
         if result.why:
-            print(f"{place}: left as it was: {result.why}")
+            o.tell(f"{place}: left as it was: {result.why}")
             continue
         left = f", {result.left} left as they were" if result.left else ""
-        print(f"{place}: {result.graded} graded again, {result.changed} changed{left}; score {_share(result.before)} "
+        o.tell(f"{place}: {result.graded} graded again, {result.changed} changed{left}; score {_share(result.before)} "
               f"to {_share(result.after)}")  # fmt: skip
-    print(f"{sum(result.changed for result in results)} of {sum(result.graded for result in results)} grades changed; "
+    o.tell(f"{sum(result.changed for result in results)} of {sum(result.graded for result in results)} grades changed; "
           "flashmem-bench report makes the tables anew")  # fmt: skip
 
 

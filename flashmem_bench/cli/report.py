@@ -37,7 +37,7 @@ def report(
             if sentence.startswith("a cell is left out"):
                 o.say(sentence)
         _show(results_dir)
-    print(f"report: {paths.html.resolve()}")
+    o.tell(f"report: {paths.html.resolve()}")
     return 0
 
 

@@ -66,7 +66,7 @@ def reproduce(
         show(document)
     if dry_run:
         lines = commands(recipe, parts)
-        o.emit_json({"plan": document, "commands": lines}) if json else print("\n".join(lines))
+        o.emit_json({"plan": document, "commands": lines}) if json else o.tell("\n".join(lines))
         return 0
     return _work(recipe, parts, json=json, quiet=quiet)
 
@@ -97,7 +97,7 @@ def _work(recipe: str, parts: Parts, *, json: bool, quiet: bool) -> int:
         raise
     code = conclude(parts.session(parts.recipe.suites, ()).request, results, json=json, quiet=quiet)
     if not json:
-        print(f"report: {report.html.resolve()}")
+        o.tell(f"report: {report.html.resolve()}")
     return code
 
 

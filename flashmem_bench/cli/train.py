@@ -235,9 +235,9 @@ def _fit_trigger(context: typer.Context, values: dict[str, Any], weaver: str, *,
     if json:
         o.emit_json({"checkpoint": str(found.path), "metadata": found.metadata})
     elif not quiet:
-        print(f"{facts['steps']} steps, reward {facts['reward_first']:.3f} to {facts['reward_last']:.3f}, memories at "
+        o.tell(f"{facts['steps']} steps, reward {facts['reward_first']:.3f} to {facts['reward_last']:.3f}, memories at "
               f"{facts['written_first']:.0%} to {facts['written_last']:.0%} of the places")  # fmt: skip
-        print(f"checkpoint: {found.path}")
+        o.tell(f"checkpoint: {found.path}")
     return 0
 
 
@@ -280,18 +280,18 @@ def _show(parts: Any, result: FitResult) -> None:
 
     facts = result.metadata
     if result.report is None:
-        print(f"{result.path} is trained already; choose another --train-seed or --out to train again")
+        o.tell(f"{result.path} is trained already; choose another --train-seed or --out to train again")
     else:
         early = f", stopped early, best at step {facts['best_step']}" if facts["stopped_early"] else ""
-        print(f"{facts['steps']} steps on {facts['examples']} examples, loss {facts['first_loss']:.3f} to "
+        o.tell(f"{facts['steps']} steps on {facts['examples']} examples, loss {facts['first_loss']:.3f} to "
               f"{facts['final_loss']:.3f}{early}")  # fmt: skip
     for name in facts["suites"]:
-        print(f"{name}: vanilla {facts['vanilla_score_by_suite'][name]:.3f}, one memory at the prompt end "
+        o.tell(f"{name}: vanilla {facts['vanilla_score_by_suite'][name]:.3f}, one memory at the prompt end "
               f"{facts['memory_score_by_suite'][name]:.3f} (gain {facts['gain_by_suite'][name]:.3f}, harm "
               f"{facts['harm_by_suite'][name]:.3f})")  # fmt: skip
     harmful = [name for name in facts["suites"] if facts["harm_by_suite"][name] > HARM_LIMIT]
     if harmful and not facts.get("provisional"):
-        print(f"harm is above {HARM_LIMIT:.0%} on {', '.join(harmful)}: there it is used only with --checkpoint")
-    print(f"checkpoint: {result.path}")
+        o.tell(f"harm is above {HARM_LIMIT:.0%} on {', '.join(harmful)}: there it is used only with --checkpoint")
+    o.tell(f"checkpoint: {result.path}")
     options = command_options(parts.place.results_dir, parts.recipe.model)
-    print(f"next: flashmem-bench calibrate --suite {','.join(facts['suites'])}{options}")
+    o.tell(f"next: flashmem-bench calibrate --suite {','.join(facts['suites'])}{options}")

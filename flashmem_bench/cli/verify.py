@@ -40,14 +40,14 @@ def verify(
         o.emit_json({"compared": compared, "problems": [vars(problem) for problem in problems], "repaired": done})
     else:
         for sentence in done:
-            print(sentence)
+            o.tell(sentence)
         if done:
-            print("run the commands that made these cells again: what is missing is made anew")
+            o.tell("run the commands that made these cells again: what is missing is made anew")
         for problem in problems[:_SHOWN]:
-            print(f"{problem.where}: {problem.what}")
+            o.tell(f"{problem.where}: {problem.what}")
         if len(problems) > _SHOWN:
-            print(f"and {len(problems) - _SHOWN} more")
-        print(f"{compared:,} numbers compared, {len(problems)} wrong")
+            o.tell(f"and {len(problems) - _SHOWN} more")
+        o.tell(f"{compared:,} numbers compared, {len(problems)} wrong")
     return 1 if problems else 0
 
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flashmem_bench.places import refuse_links
+
 FOLDER, TABLE = "engine", "engine.csv"
 _SHARED = ("stamp", "model", "device", "dtype", "exec", "timing", "command")
 _FIGURE = ("name", "context", "estimate", "low", "high", "pairs", "expected", "bound", "verdict", "note")
@@ -23,6 +25,7 @@ COLUMNS = (*_SHARED[:-1], "check", *_FIGURE, "correct", "skipped", "command")
 def write(results_dir: Path, document: dict[str, Any]) -> Path:
     """Write the document of one command and the table of all; returns the path of the document."""
     folder = results_dir / FOLDER
+    refuse_links(results_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{document['stamp']}.json"
     _replace(path, json.dumps(document, indent=1, allow_nan=False) + "\n")

@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flashmem_bench.places import refuse_links
+from flashmem_bench.wholeness import check_latency
+
 RUNS, BLOCKS = "runs.jsonl", "blocks.jsonl"
 
 
 def append(results_dir: Path, rows: Sequence[dict[str, Any]], name: str = RUNS) -> Path:
     """Add lines to a file of the results folder's latency part and return its path."""
     path = results_dir / "latency" / name
+    refuse_links(results_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
     with path.open("a", encoding="utf-8") as file:
@@ -23,14 +27,20 @@ def append(results_dir: Path, rows: Sequence[dict[str, Any]], name: str = RUNS) 
 
 
 def read_rows(results_dir: Path, name: str = RUNS) -> list[dict[str, Any]]:
-    """Read what `append` wrote; a torn line is left out."""
+    """Read what `append` wrote; a torn line is left out.
+
+    Raises:
+        StoreError: A whole line is no row.
+    """
     path = results_dir / "latency" / name
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             rows.append(json.loads(line))
         except ValueError:
             continue
+    if name == RUNS:
+        check_latency(rows, path)
     return rows

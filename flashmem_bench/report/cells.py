@@ -20,8 +20,10 @@ from flashmem_bench.cell_store import CellStore
 from flashmem_bench.errors import StoreError
 from flashmem_bench.registry import method_names
 from flashmem_bench.store import ResultStore
+from flashmem_bench.wholeness import check_texts
 
 _log = logging.getLogger(__name__)
+
 VANILLA = "vanilla"
 FLASHMEM = "flashmem"
 PLACEBOS = (
@@ -127,7 +129,9 @@ class Cell:
     @cached_property
     def texts(self) -> dict[str, dict[str, Any]]:
         """Texts, tokens and entropies by sample id."""
-        return self.store.texts()
+        texts = self.store.texts()
+        check_texts(texts, self.store.path)
+        return texts
 
     @cached_property
     def timed_attempt(self) -> int | None:

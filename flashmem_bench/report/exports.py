@@ -5,6 +5,7 @@ The csv and parquet files hold every column; these hold what one prints, worded 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,16 @@ from typing import Any
 import pandas as pd
 
 from flashmem_bench.report import wording as say
+from flashmem_bench.terminal import clean
 
 _LATEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
           "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
           "<": r"\textless{}", ">": r"\textgreater{}"}  # fmt: skip
 
 Lines = list[list[str]]
+
+_FORMULA = re.compile(r"\s*[=+\-@\t\r\uff1d\uff0b\uff0d\uff20]")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?%?", re.IGNORECASE)
 
 
 def write_exports(tables: dict[str, pd.DataFrame], folder: Path) -> list[Path]:
@@ -40,7 +45,28 @@ def write_exports(tables: dict[str, pd.DataFrame], folder: Path) -> list[Path]:
 def markdown(head: Sequence[str], lines: Lines) -> str:
     """A Markdown table."""
     rows = [head, ["---"] * len(head), *lines]
-    return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |\n" for row in rows)
+    return "".join("| " + " | ".join(_marked(cell) for cell in row) + " |\n" for row in rows)
+
+
+def _marked(text: str) -> str:
+    """A cell on one line, in which nothing is a tag, a border or a link."""
+    plain = re.sub(r"&(?=[#\w]+;)", "&amp;", clean(" ".join(text.split())))
+    plain = re.sub(r"<(?=[\w/!?])", "&lt;", plain)
+    return re.sub(r"([\\|`]|(?<=\])\()", r"\\\1", plain)
+
+
+def guarded(table: pd.DataFrame) -> pd.DataFrame:
+    """A table whose texts no spreadsheet takes for a formula: what begins like one gets an apostrophe before it.
+
+    Numbers written as text stay, signs and all. The parquet file beside has every text as it is.
+    """
+    texts = [name for name in table.columns if not pd.api.types.is_numeric_dtype(table[name])]
+    changed = {name: table[name].map(_guarded, na_action="ignore") for name in texts}
+    return table.assign(**changed) if changed else table
+
+
+def _guarded(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) and not _NUMBER.fullmatch(value) else value
 
 
 def latex(head: Sequence[str], lines: Lines) -> str:
@@ -52,7 +78,7 @@ def latex(head: Sequence[str], lines: Lines) -> str:
 
 
 def _escaped(text: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in text)
+    return "".join(_LATEX.get(letter, letter) for letter in clean(" ".join(text.split())))
 
 
 def _scores(runs: pd.DataFrame) -> tuple[list[str], Lines]:

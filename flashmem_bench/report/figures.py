@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ from flashmem_bench.report.tables import is_percentile
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Of a part of a file name.
+_LONGEST = 100
 _CONDITIONS = ["model", "device", "dtype", "batch_size", "exec"]
 # The points of one sheet: those that are compared with the same reference cell.
 # Letters of a value that still stands upright below its point.
@@ -80,8 +83,9 @@ def draw_all(tables: dict[str, pd.DataFrame], folder: Path) -> list[Drawing]:
 
 
 def file_name(text: str) -> str:
-    """The text as a part of a file name."""
-    return re.sub(r"[^A-Za-z0-9._=-]+", "_", text).lstrip(".")
+    """The text as a part of a file name; a long one is cut and told apart by a hash."""
+    plain = re.sub(r"[^A-Za-z0-9._=-]+", "_", text).lstrip(".")
+    return plain if len(plain) <= _LONGEST else f"{plain[:_LONGEST]}-{sha256(text.encode()).hexdigest()[:8]}"
 
 
 def score_against_time(runs: pd.DataFrame, folder: Path, name: str) -> Drawing | None:

@@ -10,8 +10,6 @@ import base64
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from flashmem_bench import __version__
 from flashmem_bench.published import published_scores
 from flashmem_bench.report import wording as say
@@ -19,6 +17,7 @@ from flashmem_bench.report.cells import FLASHMEM, VANILLA, Cell, partner
 from flashmem_bench.report.claim_views import claims_view, findings, labels_of, tests_made
 from flashmem_bench.report.cost_views import latency_view
 from flashmem_bench.report.figures import ABLATION_SHEET
+from flashmem_bench.report.pages import page_environment
 from flashmem_bench.report.style import CPU_STAMP
 from flashmem_bench.schema import SCHEMA_VERSION, TABLES
 
@@ -67,13 +66,6 @@ def render(
         warnings: sentences that stand above the results.
         stories: pages of single samples, linked from their suite.
     """
-    environment = Environment(
-        loader=PackageLoader("flashmem_bench.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     suites = sorted({cell.suite for cell in cells})
     models = sorted({str(cell.rows[0].get("model")) for cell in cells})
     context = {
@@ -99,7 +91,7 @@ def render(
         "ablations": _ablations(tables["ablations"], drawings),
         "definitions": [column for column in TABLES["runs"] if column.name in _DEFINED],
     }
-    return environment.get_template("report.html.j2").render(context)
+    return page_environment().get_template("report.html.j2").render(context)
 
 
 def _suite(suite: str, cells: Sequence[Cell], tables: dict[str, pd.DataFrame], drawings: Sequence[Drawing]) -> Context:

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, Template, TemplateError
 
+from flashmem_bench.errors import StoreError
+from flashmem_bench.places import file_stem
 from flashmem_bench.report import wording as say
 from flashmem_bench.report.cells import Cell
+from flashmem_bench.report.pages import page_environment
 from flashmem_bench.report.story_charts import entropy_panels, shown, watched_entropy
 from flashmem_bench.report.story_views import MOST_TABS, memory_view, summary_parts
-from flashmem_bench.store import safe_name
 from flashmem_bench.tracing import read_traces
 
 Context = dict[str, Any]
@@ -61,11 +63,21 @@ def write_stories(cells: Sequence[Cell], root: Path) -> list[Story]:
             path = root / "stories" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".html.tmp")
-            temporary.write_text(template.render(story_context(trace, row, cell)), encoding="utf-8")
+            temporary.write_text(_page(template, trace, row, cell), encoding="utf-8")
             temporary.replace(path)
             count, score = len(trace["injections"]), row.get("score")
             stories.append(Story(cell.suite, cell.method, trace["sample_id"], path, f"stories/{name}", count, score))
     return stories
+
+
+def _page(template: Template, trace: Context, row: Context, cell: Cell) -> str:
+    try:
+        return template.render(story_context(trace, row, cell))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, TemplateError) as error:
+        raise StoreError(
+            f"the trace of sample {trace['sample_id']} in {cell.store.path / 'traces'} is broken "
+            f"({type(error).__name__}); delete it, and make it again with run --trace"
+        ) from error
 
 
 def story_context(trace: Context, row: Context, cell: Cell) -> Context:
@@ -94,20 +106,14 @@ def story_context(trace: Context, row: Context, cell: Cell) -> Context:
 
 
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("flashmem_bench.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.filters["shown"] = shown
     return environment
 
 
 def _file_name(cell: Cell, sample_id: str, used: set[str]) -> str:
     """A plain file name that no other story has; cells of other settings add their id."""
-    plain = "-".join(safe_name(part) for part in (cell.suite, cell.method, sample_id))
+    plain = file_stem(cell.suite, cell.method, sample_id)
     name = plain if plain not in used else f"{plain}-{cell.cell_id[:8]}"
     used.add(name)
     return f"{name}.html"

@@ -7,13 +7,18 @@ and times begin at zero. Text is set at the size at which it is printed in a two
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter
+
+from flashmem_bench.terminal import clean
 
 CPU_STAMP = "CPU timing, not comparable with GPU"
 
@@ -98,6 +103,8 @@ _RC = {
     # The same tables give byte-identical files.
     "svg.hashsalt": "flashmem-bench",
     "svg.fonttype": "path",
+    # Labels hold names and settings, where a dollar is a dollar.
+    "text.parse_math": False,
 }
 
 
@@ -131,6 +138,28 @@ def caption(figure: Figure, title: str, footnote: str, *, cpu_timed: bool) -> No
 def save(figure: Figure, folder: Path, name: str) -> Path:
     """Write png and svg; returns the path of the svg."""
     folder.mkdir(parents=True, exist_ok=True)
+    _make_readable(figure)
     figure.savefig(folder / f"{name}.png", metadata={"Software": None})
     figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
     return folder / f"{name}.svg"
+
+
+def _make_readable(figure: Figure) -> None:
+    """Replace control characters in every text: fonts have none, and XML may not hold them, not even in a comment."""
+    for text in figure.findobj(Text):
+        text.set_text(_printable(text.get_text()))
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            formatter = axis.get_major_formatter()
+            # Labels of ticks are set anew from here whenever the figure is drawn.
+            if isinstance(formatter, FuncFormatter):
+                axis.set_major_formatter(FuncFormatter(partial(_printed, formatter.func)))
+
+
+def _printed(label: Callable[[float, int | None], str], value: float, place: int | None) -> str:
+    return _printable(label(value, place))
+
+
+def _printable(text: str) -> str:
+    # The sign of a control character is in few fonts; a box is in this one.
+    return "".join("\u25a1" if 0x2400 <= ord(letter) < 0x2422 else letter for letter in clean(text))

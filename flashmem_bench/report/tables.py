@@ -25,6 +25,7 @@ from flashmem_bench.published import published_score
 from flashmem_bench.report.cells import Cell, closeness, load_cells, refusal, settings_differences
 from flashmem_bench.report.claims import claim_records
 from flashmem_bench.report.compare import compare, comparison_records
+from flashmem_bench.report.exports import guarded
 from flashmem_bench.report.measures import Record, cost_block, phase_block, score_block, use_block
 from flashmem_bench.report.seeds import seed_records
 from flashmem_bench.schema import METRIC_PREFIX, TABLES, Column, arrow_schema
@@ -104,7 +105,7 @@ def write_tables(tables: dict[str, pd.DataFrame], folder: Path) -> list[Path]:
             path = folder / f"{name}.{suffix}"
             temporary = path.with_suffix(f".{suffix}.tmp")
             if suffix == "csv":
-                table.to_csv(temporary, index=False)
+                guarded(table).to_csv(temporary, index=False)
             else:
                 arrow = pa.Table.from_pandas(table, schema=arrow_schema(TABLES[name]), preserve_index=False)
                 parquet.write_table(arrow.replace_schema_metadata(arrow_schema(TABLES[name]).metadata), temporary)

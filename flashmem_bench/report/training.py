@@ -36,7 +36,9 @@ def training_records(cells: Sequence[Cell], root: Path) -> list[Record]:
 
 
 def _folders(cells: Sequence[Cell], root: Path) -> list[Path]:
-    named = {_here(Path(str(cell.manifest.get("descr", {}).get("checkpoint"))), root) for cell in cells}
+    # A manifest names nobody's home folder.
+    told = {str(cell.manifest.get("descr", {}).get("checkpoint")) for cell in cells}
+    named = {_here(Path(path).expanduser(), root) for path in told}
     below = (root / "checkpoints").glob(f"**/{_CURVES}")
     found = {path.resolve() for path in [*named, *(path.parent for path in below)] if (path / _CURVES).is_file()}
     return sorted(path for path in found if (path / "config.json").is_file())

@@ -92,7 +92,9 @@ def main() -> None:
     parser.add_argument("--tasks", default="hops,hops-list,recall,wordmath,babi,gsm8k")
     parser.add_argument("--data-dir", type=Path, default=os.environ.get("FLASHMEM_DATA"))
     args = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        args.folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    ).eval()
     tokenizer = load_tokenizer(args.folder)
     for task in args.tasks.split(","):
         rows = test_rows(task, args.limit, Path(args.data_dir) if args.data_dir else None)

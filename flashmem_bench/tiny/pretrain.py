@@ -39,6 +39,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from flashmem_bench.tiny import parallel, weights_dir
 from flashmem_bench.tiny.corpus import Corpus
 from flashmem_bench.tiny.encoding import Encoded, encode, pause_rows
+from flashmem_bench.tiny.resume import read_state, write_state
+from flashmem_bench.tiny.sums import write_sums
 from flashmem_bench.tiny.tokenizer import VOCAB_SIZE, build_tokenizer, load_tokenizer
 
 # Rows a step takes from each task, by stage.
@@ -56,6 +58,7 @@ STAGE_DEADLINES = (0.23, 0.38, 0.42, 0.77)
 # From the second stage on, this share of the rows holds a pause (see `encoding.with_pause`), in the last ones most.
 PAUSE_SHARES = (0.0, 0.4, 0.4, 0.7, 0.7)
 MAX_FACTS, MAX_STEPS = 12, 3
+STATE_FILE = "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -286,18 +289,16 @@ class Run:
             "elapsed": self.elapsed,
             "rng": torch.get_rng_state(),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        write_state(path, state)
 
     def restore(self, path: Path) -> None:
         """Continue from a saved state.
 
         Raises:
-            ValueError: the state belongs to another recipe.
+            ValueError: the state belongs to another recipe, or is damaged.
         """
-        state = torch.load(path, weights_only=True)
-        if state["recipe"] != asdict(self.recipe):
+        state = read_state(path)
+        if state["recipe"] != json.loads(json.dumps(asdict(self.recipe))):
             raise ValueError(f"{path} belongs to another recipe; remove it to start afresh")
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -341,6 +342,7 @@ def export(run: Run, folder: Path) -> None:
         "transformers": transformers.__version__,
     }
     (folder / "training.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+    write_sums(folder)
 
 
 def prepare(recipe: Recipe, data_dir: Path | None, state_dir: Path, steps: int, minutes: float | None) -> Run:
@@ -352,8 +354,8 @@ def prepare(recipe: Recipe, data_dir: Path | None, state_dir: Path, steps: int, 
         tokenizer = build_tokenizer(corpus.tokenizer_texts(), recipe.vocab_size)
         tokenizer.save_pretrained(state_dir / "tokenizer")
     run = Run(recipe, new_model(recipe, tokenizer), tokenizer, corpus, steps, minutes)
-    if (state_dir / "state.pt").exists():
-        run.restore(state_dir / "state.pt")
+    if (state_dir / STATE_FILE).exists():
+        run.restore(state_dir / STATE_FILE)
     return run
 
 
@@ -393,7 +395,7 @@ def _train(args: argparse.Namespace) -> None:
     def note(line: dict) -> None:
         if not parallel.together().main:
             return
-        run.save(args.state_dir / "state.pt")
+        run.save(args.state_dir / STATE_FILE)
         with open(args.state_dir / "log.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
 
