@@ -1,6 +1,7 @@
-"""A writer of a results folder that is made to be killed: `python -m tests.store_victim ROOT TOTAL KIND AT`.
+"""A run into a results folder that is made to be killed: `python -m tests.store_victim ROOT TOTAL KIND AT`.
 
-It imports no torch. It prints the id of a sample when the store calls it durable. KIND says where it kills itself:
+The runner and the store are the real ones; what answers is a stub, and torch is never imported. It prints the id of a
+sample when its progress would show. KIND says where it kills itself:
 `bytes` after so many bytes of lines, inside a write; `operation` before the so manieth flush or rename; `never`.
 """
 
@@ -9,14 +10,24 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Generator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 from flashmem_bench import cell_store, durable
+from flashmem_bench.answers import Finished
+from flashmem_bench.executors.base import Work
+from flashmem_bench.interrupts import Stop
+from flashmem_bench.prepare import CellPlan
+from flashmem_bench.progress import Silent
+from flashmem_bench.registry import get_method
+from flashmem_bench.runner import run_cell
+from flashmem_bench.schema import blank_sample
+from flashmem_bench.session import Request
 from flashmem_bench.store import ResultStore
-from flashmem_bench.writer import RowWriter
 
-IDENTITY = {"suite": "s", "method": "m"}
+IDENTITY = {"suite": "s", "method": "vanilla"}
 
 
 def expected(index: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -26,6 +37,48 @@ def expected(index: int) -> tuple[dict[str, Any], dict[str, Any]]:
         "text": f"{index} " * (20 + index * 37 % 400),
         "tokens": [str(index)] * (index % 5),
     }
+
+
+class Samples(list):
+    """Samples of a suite without sessions."""
+
+    def sessions(self) -> list[None]:
+        return [None] * len(self)
+
+
+class Made:
+    """A suite of made-up samples."""
+
+    name = "s"
+
+    def __init__(self, total: int):
+        names = [expected(index)[0]["sample_id"] for index in range(total)]
+        self._samples = Samples(SimpleNamespace(sample_id=name, session_id=None) for name in names)
+
+    def samples(self, split: str) -> Samples:
+        return self._samples
+
+
+class Stub:
+    """An executor that knows every answer."""
+
+    name, workers = "here", 1
+
+    def environment(self) -> dict[str, Any]:
+        return {}
+
+    def answers(self, work: Work, note: Any) -> Generator[Finished]:
+        for (index,) in work.batches:
+            row, text = expected(index)
+            yield Finished({**blank_sample(), **row, "triggers": 0, "score_valid": True}, text)
+
+    def summary(self) -> dict[str, Any]:
+        return {}
+
+
+class Told(Silent):
+    def advance(self, row: Mapping[str, Any]) -> None:
+        print(row["sample_id"], flush=True)
 
 
 def die() -> None:
@@ -66,15 +119,9 @@ def main(root: str, total: str, kind: str, at: str) -> None:
         die_after_bytes(int(at))
     elif kind == "operation":
         die_before_operation(int(at))
-    cell = ResultStore(Path(root)).open_cell(IDENTITY, {"suite": "s", "method": "m"})
-    done = cell.done()
-    attempt = cell.begin_attempt({})
-    with RowWriter(cell, durable=lambda row: print(row["sample_id"], flush=True)) as writer:
-        for index in range(int(total)):
-            row, text = expected(index)
-            if row["sample_id"] not in done:
-                writer.put({**row, "attempt": attempt}, text)
-    cell.finish({"n": int(total)})
+    session = SimpleNamespace(request=Request(("s",), ("vanilla",)), store=ResultStore(Path(root)))
+    plan = CellPlan(get_method("vanilla"), Made(int(total)), {**IDENTITY}, {**IDENTITY}, {})
+    run_cell(session, plan, Told(), Stop(), Stub())
     print("torch" if "torch" in sys.modules else "end", flush=True)
 
 
