@@ -16,7 +16,7 @@ DEMO_LIMIT ?= 100
 TINY_MINUTES ?= 74
 METHODS := vanilla,flashmem,flashmem-literal,flashmem-prompt-end,flashmem-no-monitor,flashmem-fixed-trigger,flashmem-random-trigger,flashmem-output-entropy,flashmem-separate-encoder,flashmem-random-memory,flashmem-shuffled-memory,flashmem-mean-memory,flashmem-noop-memory
 
-.PHONY: setup demo test test-all report reproduce tiny memories memories-seeds lint audit matrix wheel clean
+.PHONY: setup demo test test-all faults report reproduce tiny memories memories-seeds lint audit matrix wheel clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,14 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,ray]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'slow or not slow'
+
+# Every kind of fault that is injected, how often, and what it cost; results/reference/resilience.md has the outcome.
+FAULT_TESTS := $(addprefix tests/test_,store_kills.py store_disk.py lease.py lines.py runner.py workers.py ray.py)
+faults: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,ray]'
+	mkdir -p build && rm -f build/faults.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow or not slow' --faults $(CURDIR)/build/faults.jsonl $(FAULT_TESTS)
+	$(BIN)/python -m tests.faults build/faults.jsonl
 
 report: setup
 	$(BENCH) report

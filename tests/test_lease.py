@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +113,12 @@ def owner(folder: Path, number: int = 1, age_s: float = 0.0, **told: Any) -> Pat
     return path
 
 
-def test_of_many_that_want_a_stale_claim_exactly_one_gets_it(tmp_path: Path) -> None:
+def test_of_many_that_want_a_stale_claim_exactly_one_gets_it(tmp_path: Path, tally: Callable[..., None]) -> None:
     process = start(RACE, tmp_path, 40)
     out, errors = process.communicate()
     assert not errors
     assert out.split() == ["hhhhhw"] * 40
+    tally("six processes want a stale claim", 40)
     assert claims(tmp_path) == [".claim.00000040"], "what was taken over is removed"
 
 
@@ -353,7 +355,7 @@ SLEEPER = """
 """
 
 
-def test_a_process_that_slept_through_a_take_over_writes_nothing(tmp_path: Path) -> None:
+def test_a_process_that_slept_through_a_take_over_writes_nothing(tmp_path: Path, tally: Callable[..., None]) -> None:
     sleeper = start(SLEEPER, tmp_path)
     assert sleeper.stdout is not None and sleeper.stdout.readline() == "written\n"
     sleeper.send_signal(signal.SIGSTOP)
@@ -372,7 +374,7 @@ def test_a_process_that_slept_through_a_take_over_writes_nothing(tmp_path: Path)
     assert [line.count("another process") for line in out.splitlines()] == [1, 1, 1], out
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     cell.append({"sample_id": "fourth"}, {})
-    assert cell.done() == {"first", "third", "fourth"}
+    tally("a writer sleeps through a take-over", 1, lost=len({"first", "third", "fourth"} - cell.done()))
     cell.close()
 
 

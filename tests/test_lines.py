@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,14 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path: Path, data: st.DataObject) -> N
     assert len(kept) < 4 and all(right[name] == entry for name, entry in kept.items())
 
 
-def test_every_single_flipped_bit_of_a_line_is_noticed() -> None:
+def test_every_single_flipped_bit_of_a_line_is_noticed(tally: Callable[..., None]) -> None:
     line = encode(record(3, score=0.5))[:-1]
+    unnoticed = 0
     for bit in range(8 * len(line)):
         damaged = bytearray(line)
         damaged[bit // 8] ^= 1 << bit % 8
-        assert all(decode(part) is None for part in bytes(damaged).split(b"\n")), bytes(damaged)
+        unnoticed += any(decode(part) is not None for part in bytes(damaged).split(b"\n"))
+    tally("a flipped bit in a row", 8 * len(line), wrong=unnoticed)
 
 
 @ANY

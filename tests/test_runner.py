@@ -66,15 +66,17 @@ def kill_after(bench, results: Path, rows: int, *more: str) -> None:
     assert all(worker.status() == psutil.STATUS_ZOMBIE for worker in alive)
 
 
-def test_killed_three_times_gives_the_table_of_an_undisturbed_run(bench, tmp_path):
+def test_killed_three_times_gives_the_table_of_an_undisturbed_run(bench, tmp_path, tally):
     whole, killed = bench.results(tmp_path / "whole"), bench.results(tmp_path / "killed")
     subprocess.run(command(bench, whole), env=environment(), check=True)
     for rows, workers in ((3, "2"), (7, "1"), (11, "2")):
         kill_after(bench, killed, rows, "--workers", workers)
         assert rows <= lines(killed) <= 14
     subprocess.run(command(bench, killed), env=environment(), check=True)
+    missing = texts(whole).keys() - texts(killed).keys()
+    wrong = sum(row not in table(whole) for row in table(killed)) + (texts(killed) != texts(whole))
+    tally("SIGKILL of the command line", 3, lost=len(missing), wrong=wrong)
     assert table(killed) == table(whole)
-    assert texts(killed) == texts(whole)
     (cell,) = ResultStore(killed).cells()
     assert len(cell.rows()) == 14 and lines(killed) >= 14
     assert [attempt["workers"] for attempt in cell.manifest["attempts"]] == [2, 1, 2, 1]

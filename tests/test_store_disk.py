@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def limited(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
 
 @pytest.mark.parametrize("room", [0, 1, 200, 390, 420, 700])
 def test_a_full_disk_loses_nothing_and_leaves_no_half_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, tally: Callable[..., None]
 ) -> None:
     cell = ResultStore(tmp_path).open_cell(NAMES, NAMES)
     add(cell, 0, 1)
@@ -59,9 +59,8 @@ def test_a_full_disk_loses_nothing_and_leaves_no_half_line(
         line.endswith(b"}\n") for path in cell.path.glob("*.jsonl") for line in path.read_bytes().splitlines(True)
     )
     safe = cell.done()
-    assert safe >= {"id-0", "id-1"}
     add(cell, 2, 3, 4)
-    assert len(cell.done()) == 5
+    tally("disk full after some bytes", 1, lost=len({"id-0", "id-1"} - safe) + 5 - len(cell.done()))
     cell.close()
 
 
@@ -142,7 +141,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_really_full(small_disk: Path) -> None:
+def test_a_disk_that_is_really_full(small_disk: Path, tally: Callable[..., None]) -> None:
     cell = ResultStore(small_disk / "results").open_cell(NAMES, NAMES)
     cell.begin_attempt({})
     count = 0
@@ -160,11 +159,12 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
     assert again.begin_attempt({}) == 2
     add(again, count, size=4000)
     again.finish({"n": count + 1})
-    assert len(again.done()) == count + 1 and not list(again.path.glob(".*.tmp"))
+    assert not list(again.path.glob(".*.tmp"))
+    tally("disk full (tmpfs of 1 MB)", 1, lost=count + 1 - len(again.done()))
 
 
 @pytest.mark.slow
-def test_a_folder_that_became_read_only(small_disk: Path) -> None:
+def test_a_folder_that_became_read_only(small_disk: Path, tally: Callable[..., None]) -> None:
     cell = ResultStore(small_disk / "results").open_cell(NAMES, NAMES)
     add(cell, 0)
     cell.close()
@@ -177,4 +177,4 @@ def test_a_folder_that_became_read_only(small_disk: Path) -> None:
         cell.begin_attempt({})
     with pytest.raises(StoreError, match="cannot write to the results folder"):
         ResultStore(small_disk / "results")
-    assert cell.done() == {"id-0"}, "reading goes on"
+    tally("folder becomes read-only", 1, lost=len({"id-0"} - cell.done()))

@@ -46,6 +46,12 @@ def table(results: Path) -> dict:
     return found
 
 
+def differences(found: Path, whole: Path) -> tuple[int, int]:
+    """How many rows and texts of an undisturbed run are missing, and how many others are not as they are there."""
+    ours, theirs = table(found), table(whole)
+    return len(theirs.keys() - ours.keys()), sum(theirs.get(key) != value for key, value in ours.items())
+
+
 def manifests(results: Path) -> list[dict]:
     return [cell.manifest for cell in ResultStore(results).cells()]
 
@@ -117,7 +123,7 @@ def test_rows_are_the_same_for_one_process_and_four_workers(grid, long_data, tmp
 FAULTS = {"raises": 2, "hangs": 5, "grows": 7, "dies": 8, "dies once": 10}
 
 
-def test_a_sample_that_raises_hangs_grows_or_kills_fails_alone(grid, bench, tmp_path, monkeypatch):
+def test_a_sample_that_raises_hangs_grows_or_kills_fails_alone(grid, bench, tmp_path, monkeypatch, tally):
     ids = [bench.suites["hops"].samples()[index].sample_id for index in range(12)]
     faulty.install(tmp_path / "plugin", monkeypatch, {ids[index]: fault for fault, index in FAULTS.items()})
     limits = Limits(sample_timeout=10.0, worker_memory=1.5)
@@ -133,9 +139,13 @@ def test_a_sample_that_raises_hangs_grows_or_kills_fails_alone(grid, bench, tmp_
         8: "its worker was twice ended by SIGKILL (the system does that where memory runs out)",
     }
     keys = ("sample_id", "prompt_sha", "output_tokens", "score", "answer_extracted", "finish_reason")
-    for row, same in zip(result.rows, plain.rows, strict=True):
-        if row["index"] not in errors:
-            assert [row[key] for key in keys] == [same[key] for key in keys]
+    wrong = sum(
+        [row[key] for key in keys] != [same[key] for key in keys]
+        for row, same in zip(result.rows, plain.rows, strict=True)
+        if row["index"] not in errors
+    )
+    for fault in FAULTS:
+        tally(f"a sample that {fault} (a worker)", 1, lost=12 - len(result.rows), wrong=wrong)
     assert set(result.rows[5]) == set(result.rows[2]), "made here, it has the columns of one that was made there"
     for row in result.rows:
         assert (row["suite"], row["method"], row["cell"], row["seed"]) == ("hops", "faulty", result.cell, 0)
@@ -308,7 +318,7 @@ def killed(command: Command, rows: int) -> None:
 
 
 @pytest.mark.slow
-def test_fifty_kills_of_the_real_command_line_lose_nothing(bench, tmp_path, monkeypatch):
+def test_fifty_kills_of_the_real_command_line_lose_nothing(bench, tmp_path, monkeypatch, tally):
     dice, plugin = random.Random(20250731), faulty.install(tmp_path / "plugin", monkeypatch, {})
     whole, broken = bench.results(tmp_path / "whole"), bench.results(tmp_path / "broken")
     more = ("--method", "vanilla,flashmem", "--limit", "120")
@@ -319,7 +329,7 @@ def test_fifty_kills_of_the_real_command_line_lose_nothing(bench, tmp_path, monk
         killed_at = len(command.rows()) + dice.randrange(5)
         killed(command, killed_at)
     assert Command(bench, broken, plugin, *more, "--workers", "2").end()[0] == 0
-    assert table(broken) == table(whole)
+    tally("SIGKILL of the command line, 1 to 3 workers", 50, *differences(broken, whole))
     assert all(not verify(broken, cell.cell_id)[1] for cell in ResultStore(broken).cells())
 
 
