@@ -109,6 +109,8 @@ def test_an_answer_that_is_another_alone_than_in_its_batch_is_said(bench, tmp_pa
     (texts,) = results.glob("runs/*/*/*/texts.jsonl")
     records = [json.loads(line) for line in texts.read_text().splitlines()]
     for record in records:
+        # A line without a checksum is one of an earlier version.
+        del record["crc"]
         record["tokens"][0] = "other"
     texts.write_text("".join(json.dumps(record) + "\n" for record in records))
     sentence = r"does not give alone what it gave in a batch of 3 \(they part at token 1\).*--batch-size 1"
@@ -121,6 +123,8 @@ def test_an_answer_that_changed_is_one_sentence(bench, tmp_path):
     bench.run(results, "hops", "vanilla", limit=2)
     (texts,) = results.glob("runs/*/*/*/texts.jsonl")
     records = [json.loads(line) for line in texts.read_text().splitlines()]
+    for record in records:
+        del record["crc"]
     records[1]["tokens"][0] = "other"
     texts.write_text("".join(json.dumps(record) + "\n" for record in records))
     with pytest.raises(BenchError, match=r"no longer gives its stored answer \(they part at token 1\)") as caught:
