@@ -70,8 +70,9 @@ def test_whatever_ends_the_workers_the_guilty_fail_and_nobody_else(seed, count, 
             answered += begun
     assert not pieces.left and sorted(failed + answered) == list(range(count))
     assert hang | kill <= set(failed)
-    # An accident that hits a sample twice makes it fail, as nobody can tell it from a sample that kills.
-    assert len(set(failed) - hang - kill) <= 1
+    # A sample that was under way beside one that kills, or in one accident, and is then alone in another accident, fails:
+    # nobody can tell it from a sample that kills. An accident finds one such sample at most.
+    assert len(set(failed) - hang - kill) <= 2
 
 
 def test_a_sample_that_was_finished_before_its_worker_was_stopped_is_not_to_blame():
