@@ -70,8 +70,8 @@ def test_whatever_ends_the_workers_the_guilty_fail_and_nobody_else(seed, count, 
             answered += begun
     assert not pieces.left and sorted(failed + answered) == list(range(count))
     assert hang | kill <= set(failed)
-    # A sample that was under way beside one that kills, or in one accident, and is then alone in another accident, fails:
-    # nobody can tell it from a sample that kills. An accident finds one such sample at most.
+    # A sample that was under way beside one that kills and then meets an accident alone fails: nobody can tell it from
+    # one that kills. Each accident finds one such sample at most.
     assert len(set(failed) - hang - kill) <= 2
 
 
