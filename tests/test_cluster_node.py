@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from flashmem_bench.errors import BenchError, UsageError
 from flashmem_bench.executors.ray_actor import Answerer, Question, Reply
-from flashmem_bench.executors.servant import Task
+from flashmem_bench.executors.servant import Servant, Task
 from flashmem_bench.executors.travel import (
     ENDINGS,
     Parcel,
@@ -24,9 +24,11 @@ from flashmem_bench.executors.travel import (
     parcels,
     unpack,
 )
+from flashmem_bench.interrupts import Stop
 from flashmem_bench.registry import get_method
 from flashmem_bench.runner import run_grid
 from flashmem_bench.session import Session
+from flashmem_bench.store import cell_id
 from tests.test_own_suite import JSONL, YAML
 from tests.test_shards_merge import content
 
@@ -117,6 +119,22 @@ def test_a_node_on_the_same_disk_is_sent_nothing(bench, tmp_path, node) -> None:
     assert node.hello(str(token.path), token.text, [])["shared"] is False
     token.remove()
     assert not list(results.glob(".token*"))
+
+
+def test_another_request_names_another_cell_of_the_same_method(bench, tmp_path) -> None:
+    """As the values of an axis do: a worker that has answered one is handed the next without planning it."""
+    base = bench.request(bench.results(tmp_path / "results"), "hops", "vanilla", limit=1)
+    session = Session(base, bench.backbone, bench.suites)
+    planner, servant = Servant(Session(base, bench.backbone, bench.suites)), Servant(session)
+    cells = []
+    for seed in (4, 6):
+        request = replace(base, seed=seed)
+        planner.session.request = session.request = request
+        cell = cell_id(planner.plan("hops", "vanilla", None, print).identity)
+        task = Task("hops", "vanilla", cell, None, [[0]], frozenset([0]))
+        (finished,) = servant.answers(task, Stop(), print)
+        cells.append((cell, finished.row["cell"]))
+    assert all(asked == answered for asked, answered in cells) and cells[0] != cells[1]
 
 
 def test_stopping_finishes_the_sample_under_way_and_begins_no_other(bench, tmp_path, node) -> None:

@@ -29,6 +29,7 @@ from flashmem_bench.store import ResultStore
 from flashmem_bench.verification import verify
 from tests import faulty
 from tests.long_rows import write_long_data
+from tests.test_own_suite import JSONL, YAML
 
 # What may differ between two runs of the same cell: clocks, which start made a row, and who answered.
 _VARYING = ("_ms", "started_at", "attempt", "overhead_share", "worker", "workers", "timing_valid")
@@ -343,6 +344,15 @@ def test_rows_of_every_method_are_the_same_for_one_process_and_four_workers(grid
     grid(one, "hops", ",".join(methods), **common)
     grid(four, "hops", ",".join(methods), workers=4, **common)
     assert table(four) == table(one)
+
+
+def test_a_suite_file_of_ones_own_is_answered_by_workers(grid, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "sums.yaml").write_text(YAML)
+    (tmp_path / "mine" / "sums.jsonl").write_text(JSONL)
+    monkeypatch.chdir(tmp_path)
+    (result,) = grid(tmp_path / "results", "mine/sums.yaml", "vanilla", workers=2)
+    assert result.status == "complete" and len(result.rows) == 2
 
 
 def test_what_is_wrong_in_a_worker_is_a_sentence_here(grid, tmp_path):

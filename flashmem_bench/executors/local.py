@@ -37,7 +37,7 @@ class Local:
         request = session.request
         self.session, self.stop, self.workers = session, stop, request.workers
         self._workers, self._own = workers or Workers(request.workers, request.device), workers is None
-        self._references: dict[str, Reference | None] = {}
+        self._known: dict[str, tuple[str, Reference | None]] = {}
         self._run: CellRun | None = None
         self._said: set[str] = set()
 
@@ -45,7 +45,7 @@ class Local:
         """See `Executor.plan`. One worker plans, since that may make banks and thresholds; the others find them."""
         self._said = set()
         plan = self._ask("plan", (self.session.request, suite, method, reference), self._once(note)).at(self.session)
-        self._references = {plan.cell: reference}
+        self._known = {plan.cell: (suite, reference)}
         return plan
 
     def environment(self) -> dict[str, Any]:
@@ -54,8 +54,8 @@ class Local:
 
     def answers(self, work: Work, note: Callable[[str], None]) -> Generator[Finished]:
         """See `Executor.answers`; that a method cannot be built is known when the first worker has tried."""
-        reference = self._references[work.plan.cell]
-        self._run = CellRun(self.session, self._workers, reference, work, self._once(note))
+        suite, reference = self._known[work.plan.cell]
+        self._run = CellRun(self.session, self._workers, suite, reference, work, self._once(note))
         return self._run.finished()
 
     def summary(self) -> dict[str, Any]:

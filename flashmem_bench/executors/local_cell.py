@@ -34,6 +34,7 @@ class CellRun:
     Args:
         session: Its request is the user's.
         workers: The processes.
+        suite: The suite, as the request names it.
         reference: What the cell's method is matched to.
         work: What is missing.
         note: Told what the user should know.
@@ -43,7 +44,13 @@ class CellRun:
     """
 
     def __init__(
-        self, session: Session, workers: Workers, reference: Reference | None, work: Work, note: Callable[[str], None]
+        self,
+        session: Session,
+        workers: Workers,
+        suite: str,
+        reference: Reference | None,
+        work: Work,
+        note: Callable[[str], None],
     ):
         self.session, self.workers, self.work, self._say = session, workers, work, note
         self.limits, self.stopped = session.request.limits, None
@@ -51,7 +58,7 @@ class CellRun:
         self.samples = plan.suite.samples(session.request.split)
         streams = session.request.batch_size > 1
         self.pieces = Pieces.of(work.batches, work.wanted, self.samples, workers.count, streams)
-        self._task = Task(plan.suite.name, plan.spec.name, plan.cell, reference, [], frozenset())
+        self._task = Task(suite, plan.spec.name, plan.cell, reference, [], frozenset())
         self._summaries: dict[Worker, dict[str, Any]] = {}
         self._winding_up, self._since, self._looked, self._asked_at = False, 0.0, 0.0, 0.0
 

@@ -20,7 +20,7 @@ from flashmem_bench.registry import get_method
 
 if TYPE_CHECKING:
     from flashmem_bench.answers import Finished
-    from flashmem_bench.session import Session
+    from flashmem_bench.session import Request, Session
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,12 @@ class Servant:
         self.session = session
         self._here = Here(session)
         self._plans: dict[tuple[str, str], CellPlan] = {}
+        self._asked: Request | None = None
 
     def plan(self, suite: str, method: str, reference: Reference | None, note: Callable[[str], None]) -> PlainPlan:
         """Find what a method needs on a suite and name the cell; see `prepare.prepare` for what it raises."""
         plan = self._here.plan(suite, method, reference, note)
-        self._plans = {(suite, method): plan}
+        self._plans, self._asked = {(suite, method): plan}, self.session.request
         return PlainPlan(suite, method, plan.identity, plan.descr, plan.common)
 
     def environment(self) -> dict[str, Any]:
@@ -92,7 +93,8 @@ class Servant:
         Raises:
             BenchError: Here the same request names another cell.
         """
-        if (task.suite, task.method) not in self._plans:
+        # Values of an axis, and arms of a recipe, are the same method on the same suite under another request.
+        if (task.suite, task.method) not in self._plans or self._asked != self.session.request:
             self.plan(task.suite, task.method, task.reference, note)
         plan = self._plans[task.suite, task.method]
         if plan.cell != task.cell:
