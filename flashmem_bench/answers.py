@@ -256,6 +256,9 @@ class CellAnswers:
         before = time.perf_counter()
         yield finished
         self._kept_waiting_ms = (time.perf_counter() - before) * 1e3
+        # A second Ctrl-C that came while the row was stored.
+        if self.stop.at_once:
+            raise KeyboardInterrupt
 
     def _row(
         self,

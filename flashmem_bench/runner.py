@@ -179,6 +179,8 @@ def run_cell(
     try:
         if run.missing:
             run.run()
+        else:
+            run.settle()
     finally:
         progress.stop()
         cell.close()
@@ -266,9 +268,22 @@ class _CellRun:
         except BaseException:
             # On a full disk this fails as well, and what failed first is what the user should read.
             with suppress(StoreError):
-                self._finish("partial", writer)
+                # Whoever interrupts the last sample has them all.
+                self._finish("complete" if self.finished == len(self.missing) else "partial", writer)
             raise
         self._finish("partial" if self._stopped else "complete", writer)
+
+    def settle(self) -> None:
+        """Describe a cell that has every sample and does not say so: its writer was killed after the last one."""
+        manifest, rows = self.cell.manifest, self.cell.rows()
+        ended = all("finished_at" in entry for entry in manifest.get("attempts", [])[-1:])
+        summary = manifest.get("summary", {})
+        # Samples beyond those that are wanted now may be part of a larger run that is not complete.
+        if (ended and summary.get("status") == "complete") or len(rows) != self.total:
+            return
+        kept = {key: value for key, value in summary.items() if key != "stopped"}
+        described = {**kept, **cell_summary(self.session.store, self.cell, "complete")}
+        self.cell.finish(described, None if ended else {"killed": True})
 
     def _finish(self, status: str, writer: RowWriter) -> None:
         self.cell.finish(self._summary(status), {"write_ms": round(writer.write_ms, 3)})
@@ -279,8 +294,6 @@ class _CellRun:
         with self.stop.shielded():
             writer.put(row, finished.text)
         self._count_failure(row)
-        if self.stop.at_once:
-            raise KeyboardInterrupt
 
     def _durable(self, row: Mapping[str, Any]) -> None:
         """Called when a kill can no longer cost a row."""

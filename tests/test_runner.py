@@ -184,6 +184,38 @@ def test_interruption_finishes_the_sample_and_continues(bench, tmp_path):
     assert run_cell(session, cell, Silent()).new_samples == 2
 
 
+def test_whoever_is_stopped_after_the_last_sample_has_a_complete_cell(bench, tmp_path):
+    from flashmem_bench.progress import Silent
+    from flashmem_bench.report.cells import load_cells
+
+    class Last(Silent):
+        def advance(self, row):
+            stop.asked = row["index"] == 1
+
+    results, stop = bench.results(tmp_path / "results"), Stop()
+    session, cell = prepared(bench, results, 2)
+    with pytest.raises(Interrupted):
+        run_cell(session, cell, Last(), stop)
+    (stored,) = ResultStore(results).cells()
+    whole = stored.manifest
+    assert whole["summary"]["status"] == "complete" and load_cells(ResultStore(results))[0].status == "complete"
+
+    # Killed between its last row and its summary.
+    (attempt,) = whole["attempts"]
+    stored.amend(summary={}, attempts=[{key: value for key, value in attempt.items() if key != "finished_at"}])
+    assert load_cells(ResultStore(results))[0].status == "partial"
+    session, cell = prepared(bench, results, 1)
+    run_cell(session, cell, Silent())
+    assert load_cells(ResultStore(results))[0].status == "partial", "a smaller limit says nothing of the rest"
+    session, cell = prepared(bench, results, 2)
+    assert run_cell(session, cell, Silent()).new_samples == 0
+    settled = stored.manifest
+    assert settled["summary"] == whole["summary"] and settled["attempts"][0]["killed"]
+    assert load_cells(ResultStore(results))[0].status == "complete"
+    run_cell(session, cell, Silent())
+    assert stored.manifest == settled, "nothing is written where nothing is new"
+
+
 def test_first_interrupt_asks_second_one_stops():
     with pytest.raises(KeyboardInterrupt), interruptible() as stop:
         signal.raise_signal(signal.SIGINT)

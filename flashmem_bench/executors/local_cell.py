@@ -61,6 +61,7 @@ class CellRun:
         self._task = Task(suite, plan.spec.name, plan.cell, reference, [], frozenset())
         self._summaries: dict[Worker, dict[str, Any]] = {}
         self._winding_up, self._since, self._looked, self._asked_at = False, 0.0, 0.0, 0.0
+        self._error: BenchError | None = None
 
     def finished(self) -> Generator[Finished]:
         """Yield each sample when its row has come.
@@ -78,6 +79,8 @@ class CellRun:
                         yield from self._take(event)
                         event = self.workers.event(0)
                     self._look()
+                if self._error is not None:
+                    raise self._error
             finally:
                 self.workers.stop(self._busy())
 
@@ -118,7 +121,7 @@ class CellRun:
         elif event.word == "done":
             self._done(worker, value)
         elif event.word == "error":
-            raise error_of(value)
+            self._fail(error_of(value))
         elif event.word == "gone" and worker.piece is not None and not self._winding_up:
             yield from self._replace(worker)
 
@@ -174,6 +177,11 @@ class CellRun:
             self._end(self._busy())
         for worker in self._busy():
             worker.check(self.limits.worker_memory, self.limits.sample_timeout)
+
+    def _fail(self, error: BenchError) -> None:
+        """End all workers; the rows that they have handed over are taken before the error is raised."""
+        self._error, self._winding_up = self._error or error, True
+        self._end(self._busy())
 
     def _wind_up(self, now: float) -> None:
         """Let those who answer a sample finish it, and end those who do not, such as who is loading a model."""

@@ -103,7 +103,8 @@ class Cell:
     def stopped(self) -> bool:
         """Whether the last attempt was killed or interrupted before its last sample."""
         attempts = self.manifest.get("attempts") or []
-        if not attempts or "finished_at" not in attempts[-1]:
+        # A manifest that was made anew has no attempts, and a summary since its command was run again.
+        if "finished_at" not in attempts[-1] if attempts else not self.summary:
             return True
         return self.summary.get("status") == "partial" and not self.summary.get("errors")
 
