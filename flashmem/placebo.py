@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import secrets
 from pathlib import Path
 
 import torch
@@ -70,7 +70,8 @@ class MemoryBank:
         target.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"memories": self.stack()}
         labels = {"indices": json.dumps(self.indices), "answers": json.dumps(self.answers)}
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        # Several processes, also of several machines, may make the same one at the same time.
+        partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
         save_file(tensors, partial, metadata={**labels, "sha256": tensors_hash(tensors, labels)})
         partial.replace(target)
 

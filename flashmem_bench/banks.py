@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -52,11 +51,7 @@ def find_or_make_bank(
     bank = fill_bank(context)
     if not _enough(bank):
         note(f"the bank holds {len(bank)} memories: the calibration split of {context.suite.name} gives no more")
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
-    # Several processes may make the same one at the same time.
-    partial = paths[0].with_name(f"{name}.{secrets.token_hex(4)}.partial")
-    bank.save(partial)
-    partial.replace(paths[0])
+    bank.save(paths[0])
     return bank
 
 

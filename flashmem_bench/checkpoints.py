@@ -94,9 +94,14 @@ def checkpoint_root(results: Path, model: str) -> Path:
     return results / "checkpoints" / folder_name(model_key(model))
 
 
+def memory_folder(results: Path, model: str, suite: str, method: str) -> Path:
+    """Return the folder of the memories of one method for one suite, one folder a seed."""
+    return checkpoint_root(results, model) / folder_name(suite) / folder_name(method)
+
+
 def checkpoint_folder(results: Path, model: str, suite: str, method: str, seed: int) -> Path:
     """Return where `train` writes by default."""
-    return checkpoint_root(results, model) / folder_name(suite) / folder_name(method) / f"seed{seed}"
+    return memory_folder(results, model, suite, method) / f"seed{seed}"
 
 
 def find_checkpoint(results: Path, model: str, suite: str, method: str, named: str | None = None) -> Checkpoint:

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from flashmem_bench.durable import replace, write_failure
 from flashmem_bench.errors import DataError
 
 PINNED = "margins.json"
@@ -107,9 +108,10 @@ def pin(root: Path, stamp: str) -> None:
     if path.exists() or (root / "runs").exists():
         return
     document = {"fixed_at": stamp, "margins": {claim.id: claim.margin for claim in load_claims()}}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        replace(path, json.dumps(document, indent=1).encode() + b"\n")
+    except OSError as error:
+        raise write_failure(path, error) from error
 
 
 def pinned(root: Path) -> tuple[dict[str, float], str | None]:

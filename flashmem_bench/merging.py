@@ -11,13 +11,13 @@ Traces, banks, marks of ablations and the margins of the first shard come along.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flashmem_bench.claims import PINNED, pinned
+from flashmem_bench.durable import make_folder, replace, write_failure
 from flashmem_bench.errors import BenchError, StoreError
 from flashmem_bench.shards import SHARDS
 from flashmem_bench.store import CellStore, ResultStore, cell_id
@@ -132,7 +132,6 @@ def _adopt_margins(results: Path, shards: Sequence[ResultStore]) -> None:
         return
     fixed = [(stamp, shard.root) for shard in shards if (stamp := pinned(shard.root)[1])]
     if fixed:
-        results.mkdir(parents=True, exist_ok=True)
         _copy(min(fixed)[1] / PINNED, results / PINNED)
 
 
@@ -287,13 +286,14 @@ def _copy_missing(source: Path, target: Path, pattern: str) -> int:
     """Copy the files that are not there yet and return how many those were."""
     new = [path for path in sorted(source.glob(pattern)) if path.is_file() and not (target / path.name).exists()]
     for path in new:
-        target.mkdir(parents=True, exist_ok=True)
         _copy(path, target / path.name)
     return len(new)
 
 
 def _copy(source: Path, target: Path) -> None:
     """Copy a file so that a reader sees it whole or not at all."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.copyfile(source, partial)
-    partial.replace(target)
+    try:
+        make_folder(target.parent)
+        replace(target, source.read_bytes())
+    except OSError as error:
+        raise write_failure(target, error) from error

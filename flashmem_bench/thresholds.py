@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from flashmem.errors import CheckpointError
 from flashmem.integrity import require_seal, sealed
 from flashmem_bench.checkpoints import JOINT, command_options
+from flashmem_bench.durable import make_folder, replace, write_failure
 from flashmem_bench.errors import MissingCheckpointError
 from flashmem_bench.methods.base import ENTROPY_KINDS
 from flashmem_bench.models import BUNDLED, model_key
@@ -66,7 +67,11 @@ class Thresholds:
         return values
 
     def save(self, path: Path) -> None:
-        """Write one JSON document, replacing the file at once."""
+        """Write one JSON document, replacing the file at once.
+
+        Raises:
+            StoreError: The write failed.
+        """
         document = {
             "format_version": FORMAT_VERSION,
             "kind": self.kind,
@@ -75,10 +80,12 @@ class Thresholds:
             "provenance": dict(self.provenance),
             "thresholds": {key: json.loads(value.to_json()) for key, value in self.by_stratum.items()},
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(sealed(document), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        partial.replace(path)
+        content = json.dumps(sealed(document), indent=2, sort_keys=True).encode() + b"\n"
+        try:
+            make_folder(path.parent)
+            replace(path, content)
+        except OSError as error:
+            raise write_failure(path, error) from error
 
     @classmethod
     def load(cls, path: Path) -> Thresholds:

@@ -14,12 +14,12 @@ The text in a trace is what a model wrote: data, never to be trusted as markup o
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashmem_bench.cell_store import CellStore
+from flashmem_bench.durable import make_folder, replace, write_failure
 from flashmem_bench.errors import BenchError, StoreError
 from flashmem_bench.places import safe_name
 from flashmem_bench.samples import sample_seed
@@ -180,12 +180,10 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # ASCII alone, because a tokenizer can produce a lone surrogate, which has no UTF-8 form.
+    content = json.dumps(document, allow_nan=False).encode("ascii") + b"\n"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # ASCII alone, because a tokenizer can produce a lone surrogate, which has no UTF-8 form.
-        temporary.write_text(json.dumps(document, allow_nan=False) + "\n", encoding="ascii")
-        temporary.replace(path)
+        make_folder(path.parent)
+        replace(path, content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StoreError(f"cannot write {path} ({error.strerror or error}); the rows are safe") from error
+        raise write_failure(path, error, "the rows are safe") from error

@@ -343,7 +343,10 @@ def test_partial_results_exit_3(bench, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(LatentMethod, "generate", sometimes)
     line = ["run", "--suite", "hops", "--method", "vanilla", "--limit", "3", "--model", str(bench.model)]
     assert command([*line, "--results-dir", str(results), "--quiet"]) == 3
-    assert "1 of 3 samples of hops x vanilla failed; the first: no room for this one" in capsys.readouterr().err
+    assert (
+        "1 of 3 samples of hops x vanilla failed; the first: no room for this one. The same command tries"
+        in capsys.readouterr().err
+    )
 
 
 def test_skip_bad_rows(bench, places, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashmem_bench.checkpoints import JOINT, checkpoint_folder
 from flashmem_bench.errors import BenchError, UsageError
 from flashmem_bench.executors.ray_actor import Answerer, Question, Reply
 from flashmem_bench.executors.servant import Servant, Task
@@ -29,6 +30,7 @@ from flashmem_bench.registry import get_method
 from flashmem_bench.runner import run_grid
 from flashmem_bench.session import Session
 from flashmem_bench.store import cell_id
+from flashmem_bench.thresholds import threshold_folder
 from tests.test_own_suite import JSONL, YAML
 from tests.test_shards_merge import content
 
@@ -105,6 +107,17 @@ def test_a_node_that_sees_nothing_gets_what_it_needs_and_gives_the_same_rows(
     assert called_here(f"look at {hello['folder']}/results/a", hello["folder"], asked, Path("mine")) == "look at mine/a"
     node.leave()
     assert not Path(hello["folder"]).exists()
+
+
+def test_memories_of_names_that_are_no_folders_travel_too(bench, tmp_path, mine) -> None:
+    asked = absolute(replace(bench.request(tmp_path, str(mine), "flashmem"), model="some/model of mine"))
+    where = (asked.results_dir, asked.model, JOINT)
+    places = [threshold_folder(*where) / "tau.json", checkpoint_folder(*where, "flashmem", 0) / "config.json"]
+    for place in places:
+        place.parent.mkdir(parents=True)
+        place.write_text("{}")
+    sent = parcels(asked, str(mine), get_method("flashmem"), frozenset(), False)
+    assert [asked.results_dir / Path(parcel.path).relative_to("results") for parcel in sent] == places
 
 
 def test_a_node_on_the_same_disk_is_sent_nothing(bench, tmp_path, node) -> None:

@@ -161,7 +161,10 @@ def conclude(request: Any, results: list[CellResult], *, json: bool, quiet: bool
     for result in failed:
         name, count = f"{result.suite} x {result.method}", sum(1 for row in result.rows if row.get("error"))
         if result.error:
-            o.say(f"error: {count} of {len(result.rows)} samples of {name} failed; the first: {result.error}")
+            told = (
+                f"error: {count} of {len(result.rows)} samples of {name} failed; the first: {result.error.rstrip('.')}"
+            )
+            o.say(f"{told}. The same command tries them again")
         if result.stopped:
             o.say(f"error: {name}: {result.stopped}. Continue with: {request.command}")
     if not failed:

@@ -8,12 +8,13 @@ without a figure that says why.
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flashmem_bench.durable import make_folder, replace, write_failure
 from flashmem_bench.places import refuse_links
 
 FOLDER, TABLE = "engine", "engine.csv"
@@ -26,16 +27,13 @@ def write(results_dir: Path, document: dict[str, Any]) -> Path:
     """Write the document of one command and the table of all; returns the path of the document."""
     folder = results_dir / FOLDER
     refuse_links(results_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{document['stamp']}.json"
     _replace(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
-    table = folder / TABLE
-    part = table.with_suffix(".part")
-    with part.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(row for document in read(results_dir) for row in rows(document))
-    os.replace(part, table)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, COLUMNS)
+    writer.writeheader()
+    writer.writerows(row for document in read(results_dir) for row in rows(document))
+    _replace(folder / TABLE, table.getvalue())
     return path
 
 
@@ -54,6 +52,8 @@ def rows(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _replace(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        make_folder(path.parent)
+        replace(path, text.encode())
+    except OSError as error:
+        raise write_failure(path, error) from error

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from flashmem_bench.checkpoints import JOINT
+from flashmem_bench import durable
+from flashmem_bench.checkpoints import JOINT, memory_folder
 from flashmem_bench.errors import BenchError
-from flashmem_bench.models import model_key
 from flashmem_bench.suites import find_suite, suite_files
+from flashmem_bench.thresholds import threshold_folder
 
 if TYPE_CHECKING:
     from flashmem_bench.methods.base import MethodSpec
@@ -117,12 +118,12 @@ def parcels(request: Request, suite: str, spec: MethodSpec, unseen: frozenset[st
 
 
 def _of_results(request: Request, suite: str, spec: MethodSpec) -> dict[str, Path]:
-    results, model, files = request.results_dir, model_key(request.model), {}
-    for name in (find_suite(suite).name.replace("/", "--"), JOINT):
-        folders = [f"thresholds/{model}/{name}"]
-        folders += [f"checkpoints/{model}/{name}/{spec.memory_of}"] if spec.memory_of else []
+    results, model, files = request.results_dir, request.model, {}
+    for name in (find_suite(suite).name, JOINT):
+        folders = [threshold_folder(results, model, name)]
+        folders += [memory_folder(results, model, name, spec.memory_of)] if spec.memory_of else []
         for folder in folders:
-            files |= _below(results / folder, f"{RESULTS}/{folder}")
+            files |= _below(folder, f"{RESULTS}/{folder.relative_to(results).as_posix()}")
     if spec.needs_bank:
         for place in (results, request.own_dir):
             files |= _below(place / "banks", f"{RESULTS}/banks")
@@ -149,17 +150,18 @@ def unpack(folder: Path, sent: Iterable[Parcel]) -> None:
     """Write parcels below a folder.
 
     Raises:
-        BenchError: One would lead out of it, or is of a kind that does not travel.
+        BenchError: One would lead out of it, or is of a kind that does not travel; or the write failed.
     """
     for parcel in sent:
         path = PurePosixPath(parcel.path)
         if path.is_absolute() or ".." in path.parts or not path.name.endswith(ENDINGS):
             raise BenchError(f"a file was sent to a place where none belongs: {parcel.path}")
         target = folder / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.partial")
-        partial.write_bytes(parcel.content)
-        partial.replace(target)
+        try:
+            durable.make_folder(target.parent)
+            durable.replace(target, parcel.content)
+        except OSError as error:
+            raise durable.write_failure(target, error) from error
 
 
 def arrived(request: Request, folder: Path, unseen: frozenset[str], shared: bool) -> Request:
