@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,12 @@ import pytest
 
 from flashmem_bench.answers import Finished
 from flashmem_bench.errors import BenchError
+from flashmem_bench.executors import ray_pool
 from flashmem_bench.executors.base import Work
 from flashmem_bench.executors.pieces import Fault
 from flashmem_bench.executors.ray_actor import Reply
 from flashmem_bench.executors.ray_cell import CellRun
-from flashmem_bench.executors.ray_pool import Actor, Lost
+from flashmem_bench.executors.ray_pool import Actor, Lost, Pool
 from flashmem_bench.interrupts import Stop
 from flashmem_bench.limits import Limits
 from flashmem_bench.prepare import CellPlan
@@ -209,6 +211,43 @@ def test_times_count_only_on_machines_of_one_kind(run) -> None:
     pool.actors[1].machine = pool.actors[0].machine
     rows, _, _ = run(pool)
     assert all(row["timing_valid"] is False for row in rows.values())
+
+
+def test_a_time_beside_a_worker_that_is_gone_by_then_does_not_count(run) -> None:
+    def fate(actor: Actor, index: int) -> tuple[Fault, bool] | None:
+        return (Fault("ended before its time"), False) if actor is neighbour else None
+
+    pool = FakePool(2, fate)
+    first, neighbour = pool.actors
+    neighbour.machine = first.machine
+    rows, _, _ = run(pool)
+    assert all(row["timing_valid"] is False for row in rows.values() if row["worker"] == first.number)
+
+
+def test_all_workers_of_a_node_of_another_version_are_given_up_at_once(monkeypatch) -> None:
+    """Their greetings come together, and the first one excludes the node."""
+    node = {"Alive": True, "NodeID": "n", "NodeManagerAddress": "there", "Resources": {"CPU": 2}}
+    remote = SimpleNamespace(remote=lambda *values: object())
+    actor = SimpleNamespace(remote=lambda: SimpleNamespace(hello=remote))
+    ray = SimpleNamespace(
+        nodes=lambda: [node],
+        cluster_resources=lambda: {"CPU": 2},
+        remote=lambda kind: SimpleNamespace(options=lambda **needs: actor),
+        wait=lambda references, num_returns, timeout: (references[:num_returns], references[num_returns:]),
+        get=lambda reference: {"version": "0.0.0", "folder": "", "shared": True, "unseen": []},
+        kill=lambda handle, no_restart: None,
+        exceptions=SimpleNamespace(RayError=RuntimeError),
+    )
+    strategies = SimpleNamespace(NodeAffinitySchedulingStrategy=lambda node, soft: None)
+    for name, module in {"ray": ray, "ray.util": ray, "ray.util.scheduling_strategies": strategies}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(ray_pool, "join", lambda address: (ray, False))
+    monkeypatch.setattr(ray_pool, "LOOK_S", 0.0)
+    pool = Pool("auto", "auto", 1)
+    pool.look()
+    assert len(list(pool)) == 2 and list(pool.replies(0.0)) == [] and list(pool) == []
+    with pytest.raises(BenchError, match=r"can work: the node there has flashmem 0\.0\.0 and this"):
+        pool.look()
 
 
 def test_text_of_a_failed_sample_is_kept(bench) -> None:

@@ -10,17 +10,17 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashmem_bench import __version__
+from flashmem_bench.interrupts import Stop
 
 if TYPE_CHECKING:
     from flashmem_bench.answers import Finished
     from flashmem_bench.executors.servant import Servant, Task
     from flashmem_bench.executors.travel import Parcel
-    from flashmem_bench.interrupts import Stop
     from flashmem_bench.prepare import Reference
     from flashmem_bench.session import Request
 
@@ -66,9 +66,7 @@ class _Piece:
     """Samples that are being answered."""
 
     finished: Generator[Finished]
-    stop: Stop
     summary: Callable[[], dict[str, Any]]
-    notes: list[str] = field(default_factory=list)
 
 
 class Answerer:
@@ -79,6 +77,8 @@ class Answerer:
         self._servant: Servant | None = None
         self._piece: _Piece | None = None
         self._banks: set[str] = set()
+        # The same for all pieces, so that the method which answered one answers the next.
+        self._stop, self._notes = Stop(), list[str]()
 
     def hello(self, token: str, text: str, paths: Sequence[str]) -> dict[str, Any]:
         """Return what must be known before anything else is sent; plain values alone, whatever the version here.
@@ -114,14 +114,9 @@ class Answerer:
         """Take up a piece of a cell; returns what its timings depend on."""
 
         def answer(note: Callable[[str], None]) -> Any:
-            from dataclasses import replace
-
-            from flashmem_bench.interrupts import Stop
-
             servant, suite = self._at(question, sent)
-            stop, notes = Stop(), list[str]()
-            here = replace(task, suite=suite)
-            self._piece = _Piece(servant.answers(here, stop, notes.append), stop, servant.summary, notes)
+            here, self._stop.asked = replace(task, suite=suite), False
+            self._piece = _Piece(servant.answers(here, self._stop, self._notes.append), servant.summary)
             return servant.environment()
 
         return _guarded(answer)
@@ -134,14 +129,14 @@ class Answerer:
         """
         piece = self._piece
         assert piece is not None
-        piece.stop.asked = piece.stop.asked or stopping
+        self._stop.asked = self._stop.asked or stopping
 
         def answer(note: Callable[[str], None]) -> Any:
             finished = next(piece.finished, None)
             return (finished, None) if finished is not None else (None, piece.summary())
 
         reply = _guarded(answer)
-        notes, piece.notes[:] = tuple(piece.notes), []
+        notes, self._notes[:] = tuple(self._notes), []
         return Reply(reply.value, notes, reply.trouble, reply.exit_code)
 
     def leave(self) -> None:

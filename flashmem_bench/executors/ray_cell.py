@@ -56,6 +56,7 @@ class CellRun:
         self.pieces = Pieces.of(work.batches, work.wanted, self.samples, workers, self._together > 1)
         self._kind = kind_of(cluster.environment())
         self._losses: Counter[int] = Counter()
+        self._shared: set[str] = set()
         self._summaries: list[dict[str, Any]] = []
         self._said: set[str] = set()
         self._say, self._stopped = note, None
@@ -174,15 +175,21 @@ class CellRun:
 
     def _marked(self, actor: Actor, finished: Finished) -> Finished:
         """Say who answered; a time counts where the machine is the attempt's kind and nobody else is at work on it."""
-        beside = sum(other.machine == actor.machine and other.ready for other in self.pool) > 1
+        self._see_who_shares()
         finished.row.update(worker=actor.number, workers=self.cluster.workers)
-        if beside or (actor.machine_kind is not None and actor.machine_kind != self._kind):
+        if actor.machine in self._shared or (actor.machine_kind is not None and actor.machine_kind != self._kind):
             finished.row["timing_valid"] = False
         return finished
+
+    def _see_who_shares(self) -> None:
+        """Note machines with several workers; one that is gone by the end of a sample may have disturbed it."""
+        count = Counter(actor.machine for actor in self.pool if actor.ready)
+        self._shared.update(machine for machine, there in count.items() if there > 1)
 
     def _look(self) -> Iterator[Finished]:
         """Do what the limits or the user demand."""
         now, limits, stop = time.monotonic(), self.limits, self.work.stop
+        self._see_who_shares()
         if stop.asked:
             self._wind_up()
         if stop.at_once:

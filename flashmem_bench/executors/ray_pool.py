@@ -158,6 +158,9 @@ class Pool:
         more, _ = self._ray.wait(list(waiting), num_returns=len(waiting), timeout=0) if done else ([], [])
         for reference in dict.fromkeys([*done, *more]):
             actor = waiting[reference]
+            # Given up because of another answer of this batch, as all of an excluded node are.
+            if actor.waiting is None:
+                continue
             try:
                 value = self._ray.get(reference)
             except self._ray.exceptions.RayError as error:
@@ -222,13 +225,11 @@ class Pool:
 
     def _greet(self, actor: Actor, told: dict[str, Any]) -> None:
         if told["version"] != __version__:
-            self._actors.remove(actor)
             self.exclude(
                 actor.node,
                 f"the node {actor.machine} has flashmem {told['version']} and this machine {__version__}; install the "
                 "same version everywhere",
             )
-            self.lose(actor, Fault("another version"))
             return
         actor.ready, actor.shared, actor.folder = True, told["shared"], told["folder"]
         actor.unseen = frozenset(told["unseen"])
