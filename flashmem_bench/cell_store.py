@@ -186,7 +186,7 @@ class CellStore:
 
         Args:
             summary: of all samples of the cell.
-            attempt: what is known of the attempt now that it is over (``write_ms``, ``workers``).
+            attempt: what is known of the attempt now that it is over (``write_ms``, ``answered_by``).
         """
         self._open_for_writing()
         manifest = self.manifest

@@ -230,6 +230,7 @@ class _CellRun:
         done = {row["sample_id"] for row in cell.rows() if row.get("error") is None}
         self.missing = frozenset(index for index, name in self._ids.items() if name not in done)
         self.finished = self.failed = 0
+        self._answered_by: set[int | None] = set()
         self._way: dict[str, Any] = {}
 
     @property
@@ -286,10 +287,13 @@ class _CellRun:
         self.cell.finish(described, None if ended else {"killed": True})
 
     def _finish(self, status: str, writer: RowWriter) -> None:
-        self.cell.finish(self._summary(status), {"write_ms": round(writer.write_ms, 3)})
+        # Not all workers that were asked for need have had a sample.
+        known = {"write_ms": round(writer.write_ms, 3), "answered_by": len(self._answered_by)}
+        self.cell.finish(self._summary(status), known)
 
     def _store(self, writer: RowWriter, finished: Finished, attempt: int) -> None:
         row = {**finished.row, "attempt": attempt}
+        self._answered_by.add(row.get("worker"))
         # A second Ctrl-C must not fall between a sample and its row.
         with self.stop.shielded():
             writer.put(row, finished.text)

@@ -112,7 +112,7 @@ def test_rows_are_the_same_for_one_process_and_four_workers(grid, long_data, tmp
     assert table(four) == table(one) and len(table(one)) == 2 * 4 * 20
     for manifest in manifests(four):
         (attempt,) = manifest["attempts"]
-        assert (attempt["executor"], attempt["workers"]) == ("local", 4)
+        assert (attempt["executor"], attempt["workers"]) == ("local", 4) and 1 <= attempt["answered_by"] <= 4
         assert manifest["summary"]["status"] == "complete"
     assert {attempt["workers"] for manifest in manifests(one) for attempt in manifest["attempts"]} == {1}
     rows = [row for cell in ResultStore(four).cells() for row in cell.rows()]
@@ -353,6 +353,9 @@ def test_a_suite_file_of_ones_own_is_answered_by_workers(grid, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     (result,) = grid(tmp_path / "results", "mine/sums.yaml", "vanilla", workers=2)
     assert result.status == "complete" and len(result.rows) == 2
+    (manifest,) = manifests(tmp_path / "results")
+    (attempt,) = manifest["attempts"]
+    assert attempt["answered_by"] == len({row["worker"] for row in result.rows}) and attempt["workers"] == 2
 
 
 def test_what_is_wrong_in_a_worker_is_a_sentence_here(grid, tmp_path):

@@ -7,13 +7,22 @@ values, so that an executor may be this process, several of this machine, or a c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flashmem_bench.answers import Finished
 from flashmem_bench.interrupts import Stop
 from flashmem_bench.prepare import CellPlan, Reference
+
+
+def joined(summaries: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Return what several workers say of one cell; where they differ, all that they say."""
+    told: dict[str, list[Any]] = {}
+    for summary in summaries:
+        for key, value in summary.items():
+            told.setdefault(key, []).extend([value] if value is not None else [])
+    return {key: "; ".join(dict.fromkeys(map(str, values))) or None for key, values in told.items()}
 
 
 def unheard(indices: Sequence[int], warming: bool) -> None:

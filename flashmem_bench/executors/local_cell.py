@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flashmem_bench.errors import BenchError
-from flashmem_bench.executors.base import Work
+from flashmem_bench.executors.base import Work, joined
 from flashmem_bench.executors.failures import failed
 from flashmem_bench.executors.pieces import Pieces
 from flashmem_bench.executors.servant import Task
@@ -86,10 +86,7 @@ class CellRun:
 
     def summary(self) -> dict[str, Any]:
         """Return what the cell's summary should say of the way in which its samples were answered."""
-        found: dict[str, Any] = {}
-        for key in {key for summary in self._summaries.values() for key in summary}:
-            values = [summary[key] for summary in self._summaries.values() if summary.get(key) is not None]
-            found[key] = "; ".join(dict.fromkeys(map(str, values))) or None
+        found = joined(self._summaries.values())
         return {**found, "stopped": self.stopped} if self.stopped else found
 
     def _busy(self) -> list[Worker]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from flashmem_bench.errors import BenchError
-from flashmem_bench.executors.base import Work
+from flashmem_bench.executors.base import Work, joined
 from flashmem_bench.executors.failures import failed
 from flashmem_bench.executors.pieces import Fault, Piece, Pieces
 from flashmem_bench.executors.ray_pool import Actor, Lost
@@ -85,10 +85,7 @@ class CellRun:
 
     def summary(self) -> dict[str, Any]:
         """Return what the cell's summary should say of the way in which its samples were answered."""
-        found: dict[str, Any] = {}
-        for key in {key for summary in self._summaries for key in summary}:
-            values = [summary[key] for summary in self._summaries if summary.get(key) is not None]
-            found[key] = "; ".join(dict.fromkeys(map(str, values))) or None
+        found = joined(self._summaries)
         return {**found, "stopped": self._stopped} if self._stopped else found
 
     def _busy(self) -> list[Actor]:
