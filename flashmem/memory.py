@@ -177,16 +177,19 @@ class MemorySource(nn.Module):
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         weights = folder / "model.safetensors"
-        save_file({n: p.detach().cpu().contiguous() for n, p in self.trained().items()}, weights)
+        # Of a checkpoint that is there already nothing is touched before the new one is complete.
+        whole = weights.with_name(weights.name + ".partial")
+        save_file({n: p.detach().cpu().contiguous() for n, p in self.trained().items()}, whole)
         record = {
             "format_version": FORMAT_VERSION,
             "memory": asdict(self.config),
             "backbone": self.backbone_id,
-            "weights_sha256": _sha256(weights),
+            "weights_sha256": _sha256(whole),
             "metadata": {**self.metadata, **(metadata or {})},
         }
         partial = folder / "config.json.partial"
         partial.write_text(json.dumps(sealed(record), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        whole.replace(weights)
         partial.replace(folder / "config.json")
 
 

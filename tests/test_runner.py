@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,16 +14,21 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from flashmem.errors import FlashMemError
 from flashmem.integrity import sealed
+from flashmem.memory import load_memory
 from flashmem_bench.checkpoints import find_checkpoint
 from flashmem_bench.clock import FakeClock
 from flashmem_bench.errors import MissingCheckpointError, UsageError
 from flashmem_bench.interrupts import Interrupted, Stop, interruptible
+from flashmem_bench.prepare import prepare
 from flashmem_bench.rows import make_prompt, trigger_hits
 from flashmem_bench.runner import run_cell
+from flashmem_bench.session import Session
 from flashmem_bench.store import ResultStore
+from tests.test_own_suite import JSONL, YAML
 
 # What may differ between two runs of the same cell: clocks, which start made the row, and who answered.
 _VARYING = ("_ms", "started_at", "attempt", "overhead_share", "worker", "workers", "timing_valid")
@@ -109,6 +115,33 @@ def test_settings_and_seed_name_other_cells(bench, tmp_path):
     assert vanilla[0] == vanilla[1]
 
 
+def test_a_changed_suite_prompt_or_checkpoint_names_another_cell(bench, tmp_path, monkeypatch):
+    results, mine = bench.results(tmp_path / "results"), tmp_path / "sums.yaml"
+    memory = results / "checkpoints" / bench.model.name / "joint" / "flashmem" / "seed0"
+
+    def cell(suite=YAML, rows=JSONL, checkpoint=memory):
+        mine.write_text(suite)
+        (tmp_path / "sums.jsonl").write_text(rows)
+        more = {"checkpoint": str(checkpoint), "settings": {"trigger.threshold": 0.5}}
+        session = Session(bench.request(results, str(mine), "flashmem", **more), bench.backbone)
+        return prepare(session, str(mine), "flashmem").cell
+
+    changed = load_memory(memory, bench.backbone)
+    with torch.no_grad():
+        next(changed.parameters())[0] += 1e-3
+    changed.save_pretrained(tmp_path / "changed", changed.metadata)
+    shutil.copytree(memory, tmp_path / "copied")
+    first = cell()
+    assert cell() == first and cell(checkpoint=tmp_path / "copied") == first, "neither a path nor a time names a cell"
+    others = [
+        cell(suite=YAML.replace("End with", "Begin with")),
+        cell(rows=JSONL.replace("3 pens", "8 pens")),
+        cell(checkpoint=tmp_path / "changed"),
+    ]
+    monkeypatch.setattr(bench.backbone.tokenizer, "chat_template", "{{ messages[0]['content'] }}")
+    assert len({first, *others, cell()}) == 5
+
+
 def test_batches_give_the_same_answers_and_stop_at_the_limit(bench, tmp_path):
     results = bench.results(tmp_path / "results")
     (one,) = bench.run(results, "hops", "flashmem", limit=5)
@@ -139,9 +172,6 @@ class Grumpy:
 
 
 def prepared(bench, results, limit, wrap=lambda method: method):
-    from flashmem_bench.prepare import prepare
-    from flashmem_bench.session import Session
-
     session = Session(bench.request(results, "hops", "vanilla", limit=limit), bench.backbone, bench.suites)
     cell = prepare(session, "hops", "vanilla")
     build = cell.spec.build
