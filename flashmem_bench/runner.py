@@ -227,11 +227,14 @@ class _CellRun:
         self.session, self.plan, self.cell = session, plan, cell
         self.progress, self.stop, self.executor = progress, stop, executor
         self._ids, self._batches, self._shard = chosen.ids, chosen.batches, chosen.shard
-        done = {row["sample_id"] for row in cell.rows() if row.get("error") is None}
-        self.missing = frozenset(index for index, name in self._ids.items() if name not in done)
+        self.missing = self._lacking()
         self.finished = self.failed = 0
         self._answered_by: set[int | None] = set()
         self._way: dict[str, Any] = {}
+
+    def _lacking(self) -> frozenset[int]:
+        done = {row["sample_id"] for row in self.cell.rows() if row.get("error") is None}
+        return frozenset(index for index, name in self._ids.items() if name not in done)
 
     @property
     def total(self) -> int:
@@ -244,7 +247,15 @@ class _CellRun:
         Raises:
             Interrupted: The user asked to stop.
             TooManyErrors: See `Limits.fail_on_error`.
+            StoreError: Another process writes the cell, or the disk refused.
         """
+        with self.cell.claimed():
+            # Another process may have ended since the samples were looked at.
+            self.missing = self._lacking()
+            if self.missing:
+                self._answer()
+
+    def _answer(self) -> None:
         pending = [batch for batch in self._batches if not self.missing.isdisjoint(batch)]
         work = Work(self.plan, pending, self.missing, self.stop)
         answers = self.executor.answers(work, self.progress.note)

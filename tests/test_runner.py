@@ -246,6 +246,19 @@ def test_whoever_is_stopped_after_the_last_sample_has_a_complete_cell(bench, tmp
     assert stored.manifest == settled, "nothing is written where nothing is new"
 
 
+def test_what_another_process_finished_meanwhile_is_not_answered_again(bench, tmp_path):
+    from flashmem_bench.progress import Silent
+
+    class Meanwhile(Silent):
+        def start(self, title, total, done):
+            run_cell(*prepared(bench, results, 3), Silent())
+
+    results = bench.results(tmp_path / "results")
+    result = run_cell(*prepared(bench, results, 3), Meanwhile())
+    assert result.new_samples == 0 and result.status == "complete"
+    assert lines(results) == 3 and len(ResultStore(results).cells()[0].manifest["attempts"]) == 1
+
+
 def test_first_interrupt_asks_second_one_stops():
     with pytest.raises(KeyboardInterrupt), interruptible() as stop:
         signal.raise_signal(signal.SIGINT)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _TICK_S = 0.2
 # A node that is lost is not the fault of the sample under way, unless it happens again and again.
 _LOST_NODES = 4
-# The first answer of a piece also loads, compiles and warms up: it may take so many times as long.
+# The first answer of an actor in a cell also loads, compiles and warms up: it may take so many times as long.
 _WARM_UP = 10
 # What two workers must have in common before their times are those of one machine.
 _KIND = ("device_name", "processor", "cpus", "cpu_quota", "threads", "python", "platform", "versions")
@@ -56,7 +56,7 @@ class CellRun:
         self.pieces = Pieces.of(work.batches, work.wanted, self.samples, workers, self._together > 1)
         self._kind = kind_of(cluster.environment())
         self._losses: Counter[int] = Counter()
-        self._shared: set[str] = set()
+        self._shared, self._warm = set[str](), set[int]()
         self._summaries: list[dict[str, Any]] = []
         self._said: set[str] = set()
         self._say, self._stopped = note, None
@@ -104,7 +104,7 @@ class CellRun:
         plan = self.work.plan
         task = Task(self.suite, plan.spec.name, plan.cell, self.reference, piece.batches, piece.wanted)
         question, lacking = self.cluster.question(actor, self.suite, plan.spec.name)
-        actor.piece, actor.first = piece, True
+        actor.piece, actor.first = piece, actor.number not in self._warm
         actor.ask("begin", question, task, *lacking)
 
     def _take(self, actor: Actor, reply: Reply) -> Iterator[Finished]:
@@ -123,6 +123,7 @@ class CellRun:
                 self._done(actor, summary)
                 return
             actor.first = False
+            self._warm.add(actor.number)
             # It goes on while the row is stored.
             actor.ask("next", self._winding_up or self.work.stop.asked)
             if self.pieces.finished(finished.row["index"]):

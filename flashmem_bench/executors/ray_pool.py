@@ -49,7 +49,7 @@ class Actor:
         folder: Where it keeps what is sent to it.
         sent: Labels of the files that it has.
         piece: What it was given to answer and has not done yet.
-        first: Nothing of the piece has come yet.
+        first: Nothing of the cell has come from it yet.
         machine_kind: What its timings depend on, as far as it can be compared.
     """
 
