@@ -48,6 +48,28 @@ def take_back(handle: BinaryIO, before: int, written: int) -> None:
             os.ftruncate(handle.fileno(), before)
 
 
+def append_lines(path: Path, content: bytes) -> None:
+    """Add whole lines to a file and wait until the disk has them; what a kill left of a line swallows none of them.
+
+    Several processes may do so: each call is one write.
+
+    Raises:
+        OSError: The write failed; what a full disk took of it is cut off again.
+    """
+    make_folder(path.parent)
+    with path.open("ab", buffering=0) as handle:
+        append(handle, b"\n" + content if _is_torn(path) else content)
+        os.fsync(handle.fileno())
+
+
+def _is_torn(path: Path) -> bool:
+    with path.open("rb") as handle:
+        if not os.fstat(handle.fileno()).st_size:
+            return False
+        handle.seek(-1, os.SEEK_END)
+        return handle.read() != b"\n"
+
+
 def sync_folder(path: Path) -> None:
     """Wait until the disk has the entries of a folder."""
     folder = os.open(path, os.O_RDONLY)

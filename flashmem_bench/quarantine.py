@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from flashmem_bench.durable import append, replace
+from flashmem_bench.durable import append_lines, replace
 from flashmem_bench.lines import Scan, encode, scan
 
 QUARANTINE = "quarantine.jsonl"
@@ -56,9 +56,7 @@ def put_aside(path: Path, found: Scan, numbers: range | list[int]) -> None:
         {"file": path.name, "line": number, "at": at, "latin1": found.lines[number - 1].decode("latin-1")}
         for number in kept
     ]
-    with path.with_name(QUARANTINE).open("ab", buffering=0) as handle:
-        append(handle, b"".join(encode(record) for record in records))
-        os.fsync(handle.fileno())
+    append_lines(path.with_name(QUARANTINE), b"".join(encode(record) for record in records))
 
 
 def remove_broken(path: Path, check: Callable[[], None]) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flashmem_bench.durable import append_lines, write_failure
 from flashmem_bench.places import refuse_links
 from flashmem_bench.wholeness import check_latency
 
@@ -14,15 +15,18 @@ RUNS, BLOCKS = "runs.jsonl", "blocks.jsonl"
 
 
 def append(results_dir: Path, rows: Sequence[dict[str, Any]], name: str = RUNS) -> Path:
-    """Add lines to a file of the results folder's latency part and return its path."""
+    """Add lines to a file of the results folder's latency part, durably, and return its path.
+
+    Raises:
+        StoreError: The write failed; none of the lines is there.
+    """
     path = results_dir / "latency" / name
     refuse_links(results_dir)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    with path.open("a", encoding="utf-8") as file:
-        lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-        # What a kill left of a line must not swallow the next one.
-        file.write("\n" + lines if torn else lines)
+    lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    try:
+        append_lines(path, lines.encode())
+    except OSError as error:
+        raise write_failure(path, error, "the blocks before are safe") from error
     return path
 
 
