@@ -10,19 +10,27 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from flashmem_bench.answers import Finished
 from flashmem_bench.checkpoints import UNTRAINED
 from flashmem_bench.errors import BenchError, UsageError
-from flashmem_bench.executors.local_worker import Place, take_device
+from flashmem_bench.executors.base import Work
+from flashmem_bench.executors.local_cell import CellRun
+from flashmem_bench.executors.local_worker import Place, Trouble, take_device
 from flashmem_bench.executors.pieces import Fault, Piece
-from flashmem_bench.executors.supervisor import Worker, Workers
+from flashmem_bench.executors.supervisor import Event, Worker, Workers
+from flashmem_bench.interrupts import Stop
 from flashmem_bench.limits import Limits, TooManyErrors
+from flashmem_bench.prepare import CellPlan
 from flashmem_bench.progress import Silent
-from flashmem_bench.registry import method_names
+from flashmem_bench.registry import get_method, method_names
+from flashmem_bench.rows import sample_row
 from flashmem_bench.runner import run_grid
 from flashmem_bench.session import Request, Session
 from flashmem_bench.store import ResultStore
@@ -363,6 +371,53 @@ def test_what_is_wrong_in_a_worker_is_a_sentence_here(grid, tmp_path):
         grid(tmp_path / "results", "hops", "vanilla", limit=2, workers=2, device="npu")
     assert caught.value.exit_code == 2
     assert not workers_of(os.getpid())
+
+
+class Told:
+    """Two workers that have told all of this already; who is killed is gone after what it had told."""
+
+    count = 2
+
+    def __init__(self, told):
+        self.workers = {
+            number: Worker(number, SimpleNamespace(kill=partial(self.kill, number)), SimpleNamespace(send=print))
+            for number in range(2)
+        }
+        self.told, self.killed = [Event(self.workers[number], *rest) for number, *rest in told], []
+
+    def __iter__(self):
+        return iter(list(self.workers.values()))
+
+    def kill(self, number):
+        if number not in self.killed:
+            self.killed.append(number)
+
+    def get(self, number):
+        return self.workers[number]
+
+    def lives(self):
+        pass
+
+    def event(self, wait):
+        if self.told:
+            return self.told.pop(0)
+        return Event(self.workers.pop(self.killed.pop(0)), "gone") if self.killed else None
+
+    def stop(self, workers):
+        assert not workers, "they were ended before"
+
+
+def test_rows_that_were_handed_over_are_taken_before_an_error_ends_the_run(bench):
+    plan = CellPlan(get_method("vanilla"), bench.suites["hops"], {}, {}, {"cell": "c"})
+    rows = [Finished(sample_row({}, {"sample_id": f"hops-{index}", "index": index}), {}) for index in range(3)]
+    told = Told([(0, "row", rows[0]), (0, "error", Trouble("no grader", 2)), (1, "row", rows[1]), (1, "row", rows[2])])
+    session = Session(bench.request(Path("none"), "hops", "vanilla", workers=2))
+    work = Work(plan, [[index] for index in range(8)], frozenset(range(8)), Stop())
+    finished, taken = CellRun(session, told, "hops", None, work, print).finished(), []
+    with pytest.raises(BenchError, match="no grader") as caught:
+        while True:
+            taken.append(next(finished).row["index"])
+    assert caught.value.exit_code == 2 and taken == [0, 1, 2] and not told.workers
 
 
 def test_workers_that_cannot_begin_end_the_run_with_a_sentence():
