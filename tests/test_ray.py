@@ -59,16 +59,17 @@ class Watch:
 
     def __init__(self, enough: Callable[[Watch], bool] = lambda watch: False, then: Callable[[], None] = lambda: None):
         self.enough, self.then, self.by_worker, self.notes = enough, then, Counter[int](), list[str]()
-        self.done = False
+        self.done, self.left = False, 0
 
     def note(self, text: str) -> None:
         self.notes.append(text)
 
     def start(self, title: str, total: int, done: int) -> None:
-        pass
+        self.left = total - done
 
     def advance(self, row: dict[str, Any]) -> None:
         self.by_worker[row["worker"]] += 1
+        self.left -= 1
         if not self.done and self.enough(self):
             self.done = True
             self.then()
@@ -102,13 +103,17 @@ def same(found: Path, plain: Path, samples: int, cells: int) -> None:
 
 def test_a_node_killed_half_way_leaves_a_complete_and_identical_grid(cluster, place, tally) -> None:
     nodes = [cluster.add_node(num_cpus=1, **SMALL) for _ in range(2)]
-    run_grid(place("plain"))
-    # Both have answered, and most is left.
-    watch = Watch(lambda watch: len([n for n in watch.by_worker.values() if n >= 2]) == 2, lambda: kill(nodes[1]))
-    results = run_grid(place("ray", executor="ray", ray_address=cluster.address), progress=watch)
+    run_grid(place("plain", limit=40))
+
+    def half_way(watch: Watch) -> bool:
+        """Both have answered, and much of the cell is left."""
+        return len([n for n in watch.by_worker.values() if n >= 2]) == 2 and watch.left >= 15
+
+    watch = Watch(half_way, lambda: kill(nodes[1]))
+    results = run_grid(place("ray", limit=40, executor="ray", ray_address=cluster.address), progress=watch)
     assert watch.done and any("its samples go to others" in note for note in watch.notes)
-    assert [(result.status, len(result.rows)) for result in results] == [("complete", 16)] * 4
-    same(place("ray").results_dir, place("plain").results_dir, 16, 4)
+    assert [(result.status, len(result.rows)) for result in results] == [("complete", 40)] * 4
+    same(place("ray").results_dir, place("plain").results_dir, 40, 4)
     tally("a Ray node killed half way", 1)
     for cell in ResultStore(place("ray").results_dir).cells():
         (attempt,) = cell.manifest["attempts"]
@@ -151,8 +156,8 @@ def test_ctrl_c_finishes_what_is_under_way_and_the_same_command_continues(cluste
         run_grid(request, progress=watch)
     (cell,) = ResultStore(request.results_dir).cells()
     done = len(cell.rows())
-    # One was under way.
-    assert done == watch.by_worker.total() and 4 <= done <= 5
+    # One was being written and one was under way.
+    assert done == watch.by_worker.total() and 4 <= done <= 6
     (result,) = run_grid(request)
     assert (result.status, result.new_samples) == ("complete", 16 - done)
 
