@@ -354,10 +354,17 @@ def _label(row: Any) -> str:
 
 def _footnote(rows: pd.DataFrame, bars: str = "bars are 95 % intervals") -> str:
     first = rows.iloc[0]
-    counts = sorted({int(n) for n in rows["n"]})
-    size = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     conditions = f"{first['model']}, {first['device']}, {first['dtype']}, batch {first['batch_size']}"
-    return f"{conditions}; n = {size} samples; {bars}"
+    size = f"n = {_span(rows['n'])} samples"
+    if "timed_samples" in rows and not (rows["timed_samples"] == rows["n"]).all():
+        # Of a cell that was run in several goes, the times of one count.
+        size += f", times of {_span(rows['timed_samples'])}"
+    return f"{conditions}; {size}; {bars}"
+
+
+def _span(numbers: pd.Series) -> str:
+    low, high = int(numbers.min()), int(numbers.max())
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _on_cpu(rows: pd.DataFrame) -> bool:
