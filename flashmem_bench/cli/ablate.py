@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from flashmem_bench.sweeps import Sweep
 
 
+@o.reads(o.answering)
 def ablate(
+    answering: dict[str, Any],
     axis: Annotated[str | None, typer.Argument(help="Axis; --list shows them.", show_default=False)] = None,
     values: Annotated[list[str] | None, typer.Option("--values", help="Values; repeat or use commas.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="Show the axes and stop.")] = False,
@@ -35,14 +37,6 @@ def ablate(
         str, typer.Option("--train-seed", help="Seeds of axes that train; repeat with commas.")
     ] = "0",
     batch_size: o.BatchSize = "1",
-    workers: o.Workers = "1",
-    executor: o.Executor = "local",
-    ray_address: o.RayAddress = "auto",
-    worker_cpus: o.WorkerCpus = "1",
-    sample_timeout: o.SampleTimeout = None,
-    cell_timeout: o.CellTimeout = None,
-    worker_memory: o.WorkerMemory = None,
-    fail_on_error: o.FailOnError = "1",
     device: o.Device = "auto",
     dtype: o.DType = "auto",
     checkpoint: o.Checkpoint = None,
@@ -95,11 +89,7 @@ def ablate(
         allow_uncontained_code=allow_uncontained_code,
         results_dir=results_dir,
         calibrate_missing=True,
-        workers=o.count(workers, "--workers") or 1,
-        executor=executor,
-        ray_address=ray_address,
-        worker_cpus=o.count(worker_cpus, "--worker-cpus") or 1,
-        limits=o.limits(sample_timeout, cell_timeout, worker_memory, fail_on_error),
+        **answering,
         command=o.command_line(),
     )
     schedule = Schedule(o.number(minutes, "--minutes"), recipe)

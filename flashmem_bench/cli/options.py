@@ -207,6 +207,26 @@ def limits(
     )
 
 
+def answering(
+    workers: Workers = "1",
+    executor: Executor = "local",
+    ray_address: RayAddress = "auto",
+    worker_cpus: WorkerCpus = "1",
+    sample_timeout: SampleTimeout = None,
+    cell_timeout: CellTimeout = None,
+    worker_memory: WorkerMemory = None,
+    fail_on_error: FailOnError = "1",
+) -> dict[str, Any]:
+    """Read who answers and within which limits, as fields of a request; for `reads`."""
+    return {
+        "workers": count(workers, "--workers") or 1,
+        "executor": executor,
+        "ray_address": ray_address,
+        "worker_cpus": count(worker_cpus, "--worker-cpus") or 1,
+        "limits": limits(sample_timeout, cell_timeout, worker_memory, fail_on_error),
+    }
+
+
 def command_line() -> str:
     """Return the command as the user can paste it."""
     return shlex.join(["flashmem-bench", *sys.argv[1:]])

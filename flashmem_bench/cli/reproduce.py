@@ -13,19 +13,13 @@ if TYPE_CHECKING:
     from flashmem_bench.reproduce import Parts
 
 
+@o.reads(o.answering)
 def reproduce(
+    answering: dict[str, Any],
     recipe: RecipeName,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the commands only.")] = False,
     device_tflops: Tflops = None,
     bandwidth: Bandwidth = None,
-    workers: o.Workers = "1",
-    executor: o.Executor = "local",
-    ray_address: o.RayAddress = "auto",
-    worker_cpus: o.WorkerCpus = "1",
-    sample_timeout: o.SampleTimeout = None,
-    cell_timeout: o.CellTimeout = None,
-    worker_memory: o.WorkerMemory = None,
-    fail_on_error: o.FailOnError = "1",
     data_dir: o.DataDir = None,
     skip_bad_rows: o.SkipBadRows = False,
     trust_suite: o.TrustSuite = False,
@@ -53,11 +47,7 @@ def reproduce(
         o.command_line(),
         allow_code_execution,
         allow_uncontained_code,
-        o.count(workers, "--workers") or 1,
-        o.limits(sample_timeout, cell_timeout, worker_memory, fail_on_error),
-        executor,
-        ray_address,
-        o.count(worker_cpus, "--worker-cpus") or 1,
+        **answering,
     )
     parts = Parts(load_recipe(recipe), place)
     trainings(parts.recipe, results_dir)

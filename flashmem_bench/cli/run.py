@@ -30,7 +30,9 @@ class Asked:
     quiet: bool
 
 
+@o.reads(o.answering)
 def asked(
+    answering: dict[str, Any],
     suite: o.Suites = None,
     method: o.Methods = None,
     model: o.Model = "flashmem-tiny",
@@ -46,14 +48,6 @@ def asked(
     limit_sessions: o.LimitSessions = None,
     questions_per_session: o.QuestionsPerSession = None,
     no_prefix_reuse: o.NoPrefixReuse = False,
-    workers: o.Workers = "1",
-    executor: o.Executor = "local",
-    ray_address: o.RayAddress = "auto",
-    worker_cpus: o.WorkerCpus = "1",
-    sample_timeout: o.SampleTimeout = None,
-    cell_timeout: o.CellTimeout = None,
-    worker_memory: o.WorkerMemory = None,
-    fail_on_error: o.FailOnError = "1",
     trace: Annotated[
         bool,
         typer.Option("--trace", help="Keep the story of the first samples, for the report.", rich_help_panel="Output"),
@@ -102,11 +96,7 @@ def asked(
         allow_code_execution=allow_code_execution,
         allow_uncontained_code=allow_uncontained_code,
         results_dir=results_dir,
-        workers=o.count(workers, "--workers") or 1,
-        executor=executor,
-        ray_address=ray_address,
-        worker_cpus=o.count(worker_cpus, "--worker-cpus") or 1,
-        limits=o.limits(sample_timeout, cell_timeout, worker_memory, fail_on_error),
+        **answering,
         command=o.command_line(),
     )
     return Asked(request, _stories(trace, trace_samples), json, quiet)
