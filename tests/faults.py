@@ -10,10 +10,10 @@ HEADING = "| fault | times | finished rows lost | rows wrong | test |\n|---|---|
 
 
 def table(path: Path) -> str:
-    """One line a kind of fault, in the order of their first appearance by test."""
+    """One line a kind of fault, ordered by the file of its test."""
     kinds: dict[tuple[str, str], list[int]] = {}
     for record in sorted(map(json.loads, path.read_text(encoding="utf-8").splitlines()), key=lambda it: it["test"]):
-        name = record["test"].partition("[")[0].removeprefix("tests/")
+        name = record["test"].partition("::")[0]
         sums = kinds.setdefault((record["kind"], name), [0, 0, 0])
         for place, key in enumerate(("runs", "rows_lost", "rows_wrong")):
             sums[place] += record[key]

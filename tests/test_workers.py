@@ -130,6 +130,7 @@ def test_rows_are_the_same_for_one_process_and_four_workers(grid, long_data, tmp
 
 
 FAULTS = {"raises": 2, "hangs": 5, "grows": 7, "dies": 8, "dies once": 10}
+WORDS = {"grows": "allocates without end", "dies": "kills its process", "dies once": "kills its process once"}
 
 
 def test_a_sample_that_raises_hangs_grows_or_kills_fails_alone(grid, bench, tmp_path, monkeypatch, tally):
@@ -154,7 +155,7 @@ def test_a_sample_that_raises_hangs_grows_or_kills_fails_alone(grid, bench, tmp_
         if row["index"] not in errors
     )
     for fault in FAULTS:
-        tally(f"a sample that {fault} (a worker)", 1, lost=12 - len(result.rows), wrong=wrong)
+        tally(f"a sample that {WORDS.get(fault, fault)} (a worker)", 1, lost=12 - len(result.rows), wrong=wrong)
     assert set(result.rows[5]) == set(result.rows[2]), "made here, it has the columns of one that was made there"
     for row in result.rows:
         assert (row["suite"], row["method"], row["cell"], row["seed"]) == ("hops", "faulty", result.cell, 0)
